@@ -1,0 +1,405 @@
+"""Measure pgrl against Stable-Baselines3 (the `bench` extra) at equal work.
+
+    python scripts/bench_peers.py                              every workload, 5 pairs each
+    python scripts/bench_peers.py ppo-cartpole --pairs 10      one of them, 10 pairs
+    python scripts/bench_peers.py --report                     table and picture from results/peers.json
+
+Equal work: the same env, number of envs, rollout, epochs, minibatches, nets, optimiser, learning rate and
+clipping; no normalisation of observations or rewards, no learning-rate decay, no TensorBoard; one thread.
+Every measurement is a fresh process. Both sides are stamped in the same place, at the return of each
+update, with wall and CPU time; the first two iterations are dropped. Env steps and gradient steps are
+counted on both sides and must be equal. The order is A B B A; the result is the median over pairs of the
+ratio of steps per second. Leave the machine alone while this runs.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, SupportsInt
+
+ROOT = Path(__file__).resolve().parent.parent
+DROPPED = 2  # iterations before the measurement starts
+SIDES = ("pgrl", "peer")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One comparison: the size of the work, and how each side is told to do it."""
+
+    name: str
+    env: str
+    num_envs: int
+    num_steps: int
+    iterations: int
+    pgrl: str  # overrides of pgrl.train
+    peer: str  # module:class
+    settings: Mapping[str, Any]  # of the peer's constructor
+    target: float  # the ratio aimed at
+
+    @property
+    def total_timesteps(self) -> int:
+        return self.iterations * self.num_envs * self.num_steps
+
+
+# Whatever a tuned file might set is set here. The value loss is half the peer's: 1.0 is its vf_coef of 0.5.
+PLAIN = """algo.norm_obs=false algo.norm_reward=false algo.clip_reward=null algo.norm_value=false
+algo.anneal_lr=false algo.network.hidden_sizes=[64,64] algo.network.value_hidden_sizes=null
+algo.network.activation=tanh algo.network.shared=false algo.policy.distribution=gaussian
+algo.policy.state_dependent_std=false algo.policy.log_std_init=0 algo.gamma=0.99
+algo.max_grad_norm=0.5 algo.vf_coef=1.0"""
+PPO = f"""algo=ppo {PLAIN} algo.advantage=gae algo.gae_lambda=0.95 algo.norm_adv=minibatch
+algo.adam_eps=1e-5 algo.clip_coef=0.2 algo.vf_clip_coef=null algo.recompute_advantages=false
+algo.target_kl=null"""
+A2C = f"""algo=a2c {PLAIN} algo.advantage=gae algo.gae_lambda=1.0 algo.norm_adv=true
+algo.optimizer=rmsprop algo.opt_eps=1e-5 algo.rms_prop_alpha=0.99"""
+WORKLOADS = (
+    Workload(
+        "ppo-halfcheetah-1",
+        "HalfCheetah-v4",
+        num_envs=1,
+        num_steps=2048,
+        iterations=22,
+        pgrl=f"""{PPO} algo.num_steps=2048 algo.update_epochs=10 algo.num_minibatches=32
+        algo.learning_rate=3e-4 algo.ent_coef=0""",
+        peer="stable_baselines3:PPO",
+        settings=dict(n_steps=2048, n_epochs=10, batch_size=64, learning_rate=3e-4, ent_coef=0.0),
+        target=3.0,
+    ),
+    Workload(
+        "ppo-cartpole",
+        "CartPole-v1",
+        num_envs=4,
+        num_steps=128,
+        iterations=196,
+        pgrl=f"""{PPO} algo.num_steps=128 algo.update_epochs=4 algo.num_minibatches=4
+        algo.learning_rate=2.5e-4 algo.ent_coef=0.01""",
+        peer="stable_baselines3:PPO",
+        settings=dict(n_steps=128, n_epochs=4, batch_size=128, learning_rate=2.5e-4, ent_coef=0.01),
+        target=3.0,
+    ),
+    Workload(
+        "a2c-cartpole",
+        "CartPole-v1",
+        num_envs=8,
+        num_steps=5,
+        iterations=2500,
+        pgrl=f"{A2C} algo.num_steps=5 algo.learning_rate=7e-4 algo.ent_coef=0",
+        peer="stable_baselines3:A2C",
+        settings=dict(n_steps=5, learning_rate=7e-4, ent_coef=0.0, normalize_advantage=True),
+        target=2.0,
+    ),
+)
+
+
+# --------------------------------------------------------------------------------------- in the child process
+
+
+class Stamps:
+    """The clock of one side: env steps, gradient steps, wall and CPU seconds at the return of each update."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, SupportsInt, float, float]] = []
+
+    def add(self, env_steps: int, gradient_steps: SupportsInt) -> None:
+        self.rows.append((env_steps, gradient_steps, time.perf_counter(), time.process_time()))
+
+    def result(self, reached: float) -> dict[str, float]:
+        """The counts of the whole run, and the speed from the last dropped iteration to the end."""
+        (steps0, _, wall0, cpu0), (steps1, updates, wall1, cpu1) = self.rows[DROPPED - 1], self.rows[-1]
+        return {
+            "iterations": len(self.rows),
+            "env_steps": steps1,
+            "gradient_steps": int(updates),
+            "sps": (steps1 - steps0) / (wall1 - wall0),
+            "steps_per_cpu_second": (steps1 - steps0) / (cpu1 - cpu0),
+            "return": reached,
+            "memory_mb": peak_memory_mb(),
+        }
+
+
+def peak_memory_mb() -> float:
+    """The most memory this process has held, MB; ru_maxrss would also count its parent's at the fork."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) / 1024
+    except (OSError, StopIteration):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / 1024**2 if sys.platform == "darwin" else peak / 1024
+
+
+def measure_pgrl(workload: Workload, seed: int, threads: int, folder: Path) -> dict[str, float]:
+    """Train with pgrl; the stamps are taken around `update` of whichever agent runs."""
+    import pgrl
+    from pgrl.agents import Agent
+    from pgrl.logger import read_rows
+
+    stamps = Stamps()
+    for agent in Agent.__subclasses__():
+        agent.update = stamped(agent.update, stamps)  # type: ignore[method-assign]
+    size = f"env={workload.env} num_envs={workload.num_envs} total_timesteps={workload.total_timesteps}"
+    run = f"seed={seed} threads={threads} device=cpu run_dir={folder / 'run'}"
+    quiet = "eval_every=null save_every=null tensorboard=false"
+    run_dir = pgrl.run(f"{size} {run} {quiet} {workload.pgrl}".split())
+    returns = [row["charts/episodic_return_100"] for row in read_rows(run_dir) if "charts/episodic_return_100" in row]
+    return stamps.result(float(returns[-1]))
+
+
+def stamped(update: Callable[..., Any], stamps: Stamps) -> Callable[..., Any]:
+    """An agent's `update` that is stamped when it returns."""
+    env_steps = 0
+
+    def wrapper(agent: Any, rollout: Any, *rest: Any, **named: Any) -> Any:
+        nonlocal env_steps
+        metrics = update(agent, rollout, *rest, **named)
+        env_steps += rollout.reward.numel()
+        stamps.add(env_steps, metrics["charts/updates"])
+        return metrics
+
+    return wrapper
+
+
+def measure_peer(workload: Workload, seed: int, threads: int, folder: Path) -> dict[str, float]:
+    """Train with the peer; the stamps are taken around `train`, its update."""
+    import torch
+    from stable_baselines3.common.env_util import make_vec_env
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    del folder  # it writes nothing
+    torch.set_num_threads(threads)
+    gradient_steps = 0
+
+    def count(*_: object) -> None:
+        nonlocal gradient_steps
+        gradient_steps += 1
+
+    register_optimizer_step_post_hook(count)
+    module, _, name = workload.peer.partition(":")
+    algorithm = getattr(import_module(module), name)
+    stamps = Stamps()
+
+    def train(model: Any, *rest: Any, **named: Any) -> None:
+        algorithm.train(model, *rest, **named)
+        stamps.add(model.num_timesteps, gradient_steps)
+
+    env = make_vec_env(workload.env, n_envs=workload.num_envs, seed=seed)
+    stamped_algorithm = type(name, (algorithm,), {"train": train})
+    model = stamped_algorithm("MlpPolicy", env, seed=seed, device="cpu", **workload.settings)
+    model.learn(workload.total_timesteps)
+    returns = [episode["r"] for episode in model.ep_info_buffer]
+    return stamps.result(sum(returns) / max(len(returns), 1))
+
+
+def first_step(workload: Workload, started: float, folder: Path) -> None:
+    """Run `pgrl.train` as `python -m` does, and print the seconds from `started` to the first env step."""
+    import runpy
+
+    import gymnasium
+
+    module, _, name = str(gymnasium.spec(workload.env).entry_point).partition(":")
+    env_class = getattr(import_module(module), name)
+
+    def step(*_: object) -> None:
+        print(json.dumps({"seconds": time.time() - started}), flush=True)
+        os._exit(0)
+
+    env_class.step = step
+    run = f"env={workload.env} num_envs={workload.num_envs} threads=1 run_dir={folder / 'run'}"
+    sys.argv = ["pgrl.train", *run.split(), *workload.pgrl.split()]
+    runpy.run_module("pgrl.train", run_name="__main__", alter_sys=True)
+
+
+# ------------------------------------------------------------------------------------------------- the parent
+
+
+def child(side: str, workload: Workload, seed: int, threads: int) -> dict[str, float]:
+    """Run one measurement in a fresh process and return what it prints last."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = (side, workload.name, workload.iterations, seed, threads, folder, time.time())
+        command = [sys.executable, __file__, "--child", *map(str, options)]
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{side} failed on {workload.name} with exit code {done.returncode}")
+    result: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    return result
+
+
+def child_main(side: str, name: str, iterations: str, seed: str, threads: str, folder: str, at: str) -> None:
+    """What `child` runs: the measurement, printed as one line of JSON."""
+    workload = replace(find(name), iterations=int(iterations))
+    if side == "start":
+        first_step(workload, float(at), Path(folder))
+        return
+    measure = measure_pgrl if side == "pgrl" else measure_peer
+    print(json.dumps(measure(workload, int(seed), int(threads), Path(folder))))
+
+
+def order(pairs: int) -> list[tuple[str, str]]:
+    """A B, B A, A B, ...: a drift of the machine hits both sides alike."""
+    return [SIDES if pair % 2 == 0 else (SIDES[1], SIDES[0]) for pair in range(pairs)]
+
+
+def compare(workload: Workload, pairs: int, threads: int) -> list[dict[str, dict[str, float]]]:
+    """Measure the pairs, and refuse a comparison of unequal work."""
+    results = []
+    for seed, sides in enumerate(order(pairs), start=1):
+        pair = {side: child(side, workload, seed, threads) for side in sides}
+        for count in ("iterations", "env_steps", "gradient_steps"):
+            one, other = pair["pgrl"][count], pair["peer"][count]
+            if one != other:
+                raise RuntimeError(f"{workload.name}: unequal work, {count}: {one} and {other}")
+        ratio = pair["pgrl"]["sps"] / pair["peer"]["sps"]
+        speeds = ", ".join(f"{side} {pair[side]['sps']:,.0f} steps/s" for side in SIDES)
+        print(f"{workload.name} pair {seed}: {speeds}, ratio {ratio:.2f}", flush=True)
+        results.append(pair)
+    return results
+
+
+def median(values: Sequence[float]) -> float:
+    ordered, n = sorted(values), len(values)
+    return (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
+
+
+def summary(pairs: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
+    """The median ratio with its bootstrap interval, and the medians of each side."""
+    from pgrl.evaluate import bootstrap_interval
+
+    ratios = [pair["pgrl"]["sps"] / pair["peer"]["sps"] for pair in pairs]
+    sides = {side: {key: median([pair[side][key] for pair in pairs]) for key in pairs[0][side]} for side in SIDES}
+    return {"ratio": median(ratios), "interval": bootstrap_interval(ratios, median), **sides}
+
+
+HEADER = """| workload | peer | steps/s, pgrl / peer | ratio [95 % interval] | aim | steps per CPU-second \
+| return | peak MB | env steps | gradient steps |
+|---|---|--:|--:|--:|--:|--:|--:|--:|--:|
+"""
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """The markdown table of what `results` holds."""
+    lines = []
+    for workload in WORKLOADS:
+        if workload.name not in results["workloads"]:
+            continue
+        one = summary(results["workloads"][workload.name])
+        low, high = one["interval"]
+        both = {key: " / ".join(f"{one[side][key]:,.0f}" for side in SIDES) for key in one["pgrl"]}
+        lines.append(
+            f"| {workload.name} | {workload.peer.replace(':', '.')} | {both['sps']} "
+            f"| **{one['ratio']:.2f}** [{low:.2f}, {high:.2f}] | {workload.target:g} "
+            f"| {both['steps_per_cpu_second']} | {both['return']} | {both['memory_mb']} "
+            f"| {one['pgrl']['env_steps']:,.0f} | {one['pgrl']['gradient_steps']:,.0f} |\n"
+        )
+    text = HEADER + "".join(lines)
+    starts = results.get("starts", [])
+    if starts:
+        text += (
+            f"\n`python -m pgrl.train` takes {starts[0]:.1f} s to its first env step at the first call, then "
+            f"{median(starts):.1f} s (median of {len(starts)}).\n"
+        )
+    return text + "\n" + ", ".join(f"{key} {value}" for key, value in results["machine"].items()) + "\n"
+
+
+def plot(results: Mapping[str, Any], path: Path) -> None:
+    """Write the bars: steps per second of both sides, and the ratio beside them."""
+    from matplotlib.figure import Figure
+
+    from plot_curves import BLUE, GREY, save
+
+    measured = [workload for workload in WORKLOADS if workload.name in results["workloads"]]
+    figure = Figure(figsize=(7, 0.8 + 0.8 * len(measured)), layout="constrained")
+    axes = figure.subplots()
+    for place, workload in enumerate(measured):
+        one = summary(results["workloads"][workload.name])
+        for offset, side, colour in ((-0.18, "pgrl", BLUE), (0.18, "peer", "#b5b5b5")):
+            sps = one[side]["sps"]
+            label = {"pgrl": "pgrl", "peer": "Stable-Baselines3"}[side] if place == 0 else None
+            axes.barh(place + offset, sps, 0.34, color=colour, label=label)
+            note = f" {sps:,.0f}" + (f"   {one['ratio']:.1f} ×" if side == "pgrl" else "")
+            axes.text(sps, place + offset, note, va="center", fontsize=9, color="#222222")
+    axes.set_yticks(range(len(measured)), [f"{workload.name}\n{workload.env}" for workload in measured], fontsize=9)
+    axes.invert_yaxis()
+    axes.margins(x=0.18)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="x", labelsize=8, colors=GREY)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.set_xlabel("env steps per second, training, one thread", fontsize=9)
+    figure.legend(loc="outside upper right", ncols=2, fontsize=9, frameon=False)
+    save(figure, path)
+
+
+def processor() -> str:
+    """How many of which processor this machine has."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.processor() or platform.machine()
+    return f"{os.cpu_count()} x {model}"
+
+
+def machine() -> dict[str, str]:
+    """The machine and versions that the figures hold for."""
+    packages = ("pgrl", "torch", "gymnasium", "mujoco", "stable-baselines3")
+    versions = {package: version(package) for package in packages}
+    return {"cpu": processor(), "python": platform.python_version(), **versions}
+
+
+def find(name: str) -> Workload:
+    for workload in WORKLOADS:
+        if workload.name == name:
+            return workload
+    names = ", ".join(workload.name for workload in WORKLOADS)
+    raise SystemExit(f"no workload {name!r}; there are: {names}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workloads", nargs="*", help="names; all of them if none is given")
+    parser.add_argument("--pairs", type=int, default=5, help="measurements of each side (default 5)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each side (default 1)")
+    parser.add_argument("--iterations", type=int, help="rollouts of a measurement, for a quick look")
+    parser.add_argument("--starts", type=int, default=5, help="measurements of the start (default 5)")
+    parser.add_argument("--report", action="store_true", help="only make the table and the picture")
+    parser.add_argument("--results", type=Path, default=ROOT / "results", help="where peers.json goes")
+    parser.add_argument("--pictures", type=Path, default=ROOT / "docs/pictures", help="where peers.png goes")
+    parser.add_argument("--child", nargs=7, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.child:
+        child_main(*options.child)
+        return 0
+    path: Path = options.results / "peers.json"
+    results: dict[str, Any] = {"workloads": {}, "starts": [], "machine": {}}
+    if path.exists():
+        results |= json.loads(path.read_text())
+    if not options.report:
+        options.results.mkdir(parents=True, exist_ok=True)
+        workloads = [find(name) for name in options.workloads] or list(WORKLOADS)
+        results["machine"] = machine()
+        results["starts"] = [child("start", WORKLOADS[0], 0, 1)["seconds"] for _ in range(options.starts)]
+        print("seconds to the first env step:", *(f"{start:.1f}" for start in results["starts"]), flush=True)
+        for workload in workloads:
+            sized = replace(workload, iterations=options.iterations or workload.iterations)
+            results["workloads"][workload.name] = compare(sized, options.pairs, options.threads)
+            path.write_text(json.dumps(results, indent=1) + "\n")
+    text = table(results)
+    (options.results / "peers.md").write_text(text)
+    plot(results, options.pictures / "peers.png")
+    print("\n" + text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,33 @@
+"""pgrl: every policy-gradient algorithm, from REINFORCE to SAC, in one readable, fast and restartable suite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pgrl.agents import Agent
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "load", "run"]
+
+
+def run(overrides: list[str]) -> Path:
+    """Train as `python -m pgrl.train` with these arguments would, and return the run's folder.
+
+    Raises UserError for a mistake in the arguments, and `pgrl.signals.Stop` if a signal ends the run.
+    """
+    from pgrl import config
+    from pgrl.train import launch
+
+    return launch(config.compose(overrides))
+
+
+def load(run_dir: str | Path, checkpoint: str = "last") -> Agent:
+    """The agent of a run, with the weights and statistics of a checkpoint: `last`, `best`, or a step.
+
+    `agent.act(obs, explore=False)` takes observations [B, *obs] and gives actions [B, ...] in the env's units.
+    """
+    from pgrl.evaluate import load as load_agent
+
+    return load_agent(Path(run_dir), checkpoint)[0]

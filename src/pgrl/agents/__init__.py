@@ -1,0 +1,9 @@
+"""The algorithms: from the type of a config to the agent it configures."""
+
+from pgrl.agents.a2c import A2C, A2CConfig
+from pgrl.agents.base import Agent, Setting
+from pgrl.agents.ppo import PPO, PPOConfig
+
+AGENTS: dict[type, type[Agent]] = {PPOConfig: PPO, A2CConfig: A2C}
+
+__all__ = ["A2C", "AGENTS", "PPO", "A2CConfig", "Agent", "PPOConfig", "Setting"]

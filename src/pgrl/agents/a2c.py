@@ -1,0 +1,111 @@
+"""Advantage actor-critic, the synchronous form of A3C: Mnih et al. 2016, arXiv 1602.01783.
+
+With `advantage=td0` it is the one-step actor-critic of Sutton & Barto 2018, section 13.5.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pgrl import functional
+from pgrl.agents.base import Agent, Setting, generator
+from pgrl.agents.on_policy import OnPolicyConfig, make_normalisers, shape_rewards, targets, update_value_norm
+from pgrl.data import NoiseStream, Transition, flatten_time
+from pgrl.networks import ActorCritic
+from pgrl.optim import Adam, GradientStep, RMSProp
+
+
+@dataclass
+class A2CConfig(OnPolicyConfig):
+    """`algo=a2c`; the defaults are Mnih et al. 2016, section 8 (t_max, the discount, RMSProp's decay, entropy)."""
+
+    advantage: str = "monte_carlo"  # as far as the rollout reaches, then V; Mnih et al. 2016, algorithm S3
+    num_steps: int = 5  # T: steps of each env between updates (t_max)
+    norm_adv: bool = False  # advantages of a rollout to mean 0, std 1
+    optimizer: str = "rmsprop"  # rmsprop, adam
+    learning_rate: float = 7e-4  # the middle of the paper's range 1e-4 to 1e-2 on a log scale
+    anneal_lr: bool = True  # linearly to 0
+    rms_prop_alpha: float = 0.99  # decay of the mean square
+    opt_eps: float = 1e-5  # inside the root for rmsprop, beside it for adam
+    max_grad_norm: float | None = 0.5  # null: off
+    ent_coef: float = 0.01  # weight of the entropy bonus
+    vf_coef: float = 0.5  # weight of the value loss
+
+
+class Batch(NamedTuple):
+    """A rollout as the loss takes it; [T, B, ...], then [N, ...]."""
+
+    obs: Tensor
+    action: Tensor
+    advantage: Tensor
+    returns: Tensor
+
+
+METRICS = ("policy_loss", "value_loss", "entropy", "grad_norm")
+
+
+class A2C(Agent):
+    name = "a2c"
+
+    def __init__(self, config: A2CConfig, setting: Setting) -> None:
+        self.config, self.num_steps = config, config.num_steps
+        self.net = ActorCritic(setting.obs_space, setting.action_space, config.network, config.policy)
+        self.net.to(setting.device)
+        self.obs_norm, self.value_norm, self.reward_scaler = make_normalisers(config, setting)
+        self.noise = NoiseStream(self.net.noise, config.num_steps, generator(setting.seed, 0, setting.device))
+        self.updates = torch.zeros((), dtype=torch.int64)
+        rmsprop = partial(RMSProp, alpha=config.rms_prop_alpha, eps=config.opt_eps)
+        self.step = GradientStep(
+            self.loss,
+            [(self.net.policy_parameters(), 1.0), (self.net.value_parameters(), 1.0)],
+            rmsprop if config.optimizer == "rmsprop" else partial(Adam, eps=config.opt_eps),
+            max_grad_norm=config.max_grad_norm,
+            compiled=setting.compiled,
+        )
+
+    @torch.no_grad()
+    def act(self, obs: Tensor, explore: bool = True) -> Tensor:
+        obs = self.obs_norm(obs) if self.obs_norm is not None else obs
+        return self.net.sample(obs, self.noise.next(len(obs))) if explore else self.net.mode(obs)
+
+    def update(self, rollout: Transition, progress: float) -> dict[str, Tensor]:
+        config, raw_obs = self.config, rollout.obs
+        reward = shape_rewards(config, self.reward_scaler, rollout)
+        rollout = rollout._replace(reward=reward, action=self.net.to_policy_units(rollout.action))
+        if self.obs_norm is not None:
+            rollout = rollout._replace(obs=self.obs_norm(rollout.obs), next_obs=self.obs_norm(rollout.next_obs))
+        value, advantage, returns = targets(config, self.net, self.value_norm, rollout)
+        if self.value_norm is not None:
+            update_value_norm(self.value_norm, self.net.value_head, returns)
+            value, returns = self.value_norm(value), self.value_norm(returns)
+        if config.norm_adv:
+            advantage = functional.normalise(advantage)
+
+        batch = flatten_time(Batch(rollout.obs, rollout.action, advantage, returns))
+        lr = torch.tensor(config.learning_rate * (1.0 - progress if config.anneal_lr else 1.0), device=value.device)
+        metrics = self.step(batch, lr, lr)
+        self.updates += 1
+
+        # last, so that a whole update sees the statistics under which the actions were taken
+        if self.obs_norm is not None:
+            self.obs_norm.update(raw_obs)
+        return {
+            **dict(zip((f"losses/{m}" for m in METRICS), metrics.unbind(), strict=True)),
+            "losses/explained_variance": functional.explained_variance(value, returns),
+            "charts/learning_rate": lr,
+            "charts/updates": self.updates.clone(),
+        }
+
+    def loss(self, batch: Batch, _: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of a rollout [N, ...] and METRICS but the last."""
+        distribution, value = self.net.policy_and_value(batch.obs)
+        policy_loss = functional.policy_gradient_loss(distribution.log_prob(batch.action), batch.advantage)
+        value_loss = functional.value_loss(value, batch.returns)
+        entropy = distribution.entropy().mean()
+        loss = policy_loss + self.config.vf_coef * value_loss - self.config.ent_coef * entropy
+        return loss, torch.stack([policy_loss, value_loss, entropy]).detach()

@@ -1,0 +1,82 @@
+"""What every algorithm is to the training loop."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import gymnasium.spaces as spaces
+import torch
+from torch import Tensor
+
+from pgrl.data import Transition
+
+
+@dataclass
+class Setting:
+    """What a run gives its agent: everything that is not the algorithm's own choice."""
+
+    obs_space: spaces.Box
+    action_space: spaces.Space
+    num_envs: int
+    total_timesteps: int
+    seed: int
+    device: torch.device
+    compiled: bool = False
+
+
+class Agent(ABC):
+    """An algorithm: acts, learns from rollouts, and can be saved.
+
+    Whatever changes during training is an attribute with a `state_dict`, listed by `state_dict` below; an agent has
+    no other mutable attribute.
+    """
+
+    name: ClassVar[str]
+    num_steps: int  # T: steps of every env between two updates
+
+    @abstractmethod
+    def act(self, obs: Tensor, explore: bool = True) -> Tensor:
+        """Actions [B, ...] in the env's units for obs [B, *obs]; the most likely ones unless exploring."""
+
+    @abstractmethod
+    def update(self, rollout: Transition, progress: float) -> dict[str, Tensor]:
+        """Learn from a rollout [T, B, ...]; `progress` in [0, 1) is the share of training done.
+
+        Returns metrics as detached 0-d tensors.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that changes, by attribute name; the tensors are the live ones."""
+        return {name: stateful(part) for name, part in sorted(vars(self).items()) if has_state(part)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave, in place."""
+        for name, part in vars(self).items():
+            if isinstance(part, torch.Generator):
+                part.set_state(state[name])
+            elif isinstance(part, Tensor):
+                part.copy_(state[name])
+            elif has_state(part):
+                part.load_state_dict(state[name])
+
+
+def has_state(part: object) -> bool:
+    """Whether an attribute is part of an agent's state."""
+    return isinstance(part, Tensor | torch.Generator) or hasattr(part, "state_dict")
+
+
+def stateful(part: Any) -> Any:
+    """The state of an attribute that has one."""
+    if isinstance(part, Tensor):
+        return part
+    return part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
+
+
+def generator(seed: int, stream: int, device: torch.device) -> torch.Generator:
+    """An own random generator; streams of one seed, and equal streams of two seeds, are independent."""
+    import numpy as np
+
+    entropy = np.random.SeedSequence([seed, 1_000_000 + stream]).generate_state(2, np.uint32)
+    return torch.Generator(device).manual_seed((int(entropy[0]) << 31) ^ int(entropy[1]))

@@ -1,0 +1,107 @@
+"""What the on-policy algorithms share: how a rollout becomes observations, rewards, values and advantages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pgrl import functional
+from pgrl.agents.base import Setting
+from pgrl.data import Transition
+from pgrl.networks import ActorCritic, NetworkConfig, PolicyConfig, RewardScaler, RunningNorm
+
+
+@dataclass
+class OnPolicyConfig:
+    """Keys of every on-policy algorithm."""
+
+    gamma: float = 0.99  # discount, in [0, 1]
+    gae_lambda: float = 0.95  # for advantage=gae; Schulman et al. 2016, section 6
+    advantage: str = "gae"  # gae (= td_lambda), n_step, td0, monte_carlo
+    n_step: int = 5  # rewards before V, for advantage=n_step
+    norm_obs: bool = False  # observations to mean 0, std 1 by running statistics; Engstrom et al. 2020, option 7
+    clip_obs: float | None = 10.0  # normalised observations within +-; null: off; Engstrom et al. 2020, option 8
+    norm_reward: bool = False  # rewards / std of the discounted return; Engstrom et al. 2020, option 2
+    clip_reward: float | None = None  # (scaled) rewards within +-; Engstrom et al. 2020, option 5
+    norm_value: bool = False  # the value net learns normalised targets; van Hasselt et al. 2016 (Pop-Art), algorithm 1
+    bootstrap_truncated: bool = True  # value what follows a time limit; false: as death, as papers before 2018 did
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+
+
+def make_normalisers(
+    config: OnPolicyConfig, setting: Setting
+) -> tuple[RunningNorm | None, RunningNorm | None, RewardScaler | None]:
+    """The normalisers of observations, values and rewards, each where it is switched on."""
+    obs_norm = value_norm = reward_scaler = None
+    if config.norm_obs and setting.obs_space.dtype != "uint8":
+        obs_norm = RunningNorm(setting.obs_space.shape, config.clip_obs).to(setting.device)
+    if config.norm_value:
+        value_norm = RunningNorm((), clip=None).to(setting.device)
+    if config.norm_reward:
+        reward_scaler = RewardScaler(setting.num_envs, config.gamma).to(setting.device)
+    return obs_norm, value_norm, reward_scaler
+
+
+class Targets(NamedTuple):
+    """What the critic makes of a rollout; all [T, B]."""
+
+    value: Tensor
+    advantage: Tensor
+    returns: Tensor  # advantage + value: what the value should have been
+
+
+def critic(net: ActorCritic, value_norm: RunningNorm | None, obs: Tensor) -> Tensor:
+    """V [N] in the units of the rewards, for normalised obs [N, *obs]."""
+    value = net.value(obs)
+    return value if value_norm is None else value_norm.denormalise(value)
+
+
+@torch.no_grad()
+def targets(config: OnPolicyConfig, net: ActorCritic, value_norm: RunningNorm | None, rollout: Transition) -> Targets:
+    """Values, advantages and returns of a rollout [T, B, ...] of normalised observations, in one pass each."""
+    num_steps, num_envs = rollout.reward.shape
+    value = critic(net, value_norm, rollout.obs.flatten(0, 1)).view(num_steps, num_envs)
+    # the value of the next row is the successor's, but at the rollout's end and where the clock cut an episode
+    next_value = torch.cat([value[1:], critic(net, value_norm, rollout.next_obs[-1]).unsqueeze(0)])
+    cut = rollout.truncated.nonzero(as_tuple=True)
+    if len(cut[0]) and config.bootstrap_truncated:
+        next_value[cut] = critic(net, value_norm, rollout.next_obs[cut])
+    terminated = rollout.terminated if config.bootstrap_truncated else rollout.terminated | rollout.truncated
+    advantage = functional.advantage(
+        config.advantage,
+        rollout.reward,
+        value,
+        next_value,
+        terminated,
+        rollout.truncated,
+        config.gamma,
+        config.gae_lambda,
+        config.n_step,
+    )
+    return Targets(value, advantage, advantage + value)
+
+
+@torch.no_grad()
+def shape_rewards(config: OnPolicyConfig, scaler: RewardScaler | None, rollout: Transition) -> Tensor:
+    """Rewards [T, B] scaled and clipped as configured."""
+    reward = rollout.reward
+    if scaler is not None:
+        reward = scaler(reward, rollout.terminated | rollout.truncated)
+    return reward if config.clip_reward is None else reward.clamp(-config.clip_reward, config.clip_reward)
+
+
+@torch.no_grad()
+def update_value_norm(value_norm: RunningNorm, head: nn.Linear, returns: Tensor) -> None:
+    """Merge `returns` into the statistics and rescale the head so that its denormalised outputs stay the same.
+
+    van Hasselt et al. 2016 (arXiv 1602.07714), equations 5 and 6.
+    """
+    old_scale, old_shift = value_norm.scale.clone(), value_norm.shift.clone()
+    value_norm.update(returns)
+    factor = value_norm.scale / old_scale
+    head.weight.mul_(factor)
+    head.bias.sub_(old_shift).mul_(factor).add_(value_norm.shift)

@@ -1,0 +1,215 @@
+"""Proximal policy optimisation: Schulman et al. 2017, arXiv 1707.06347.
+
+Every code-level detail of Engstrom et al. 2020 (arXiv 2005.12729, "options" below) and of Huang et al. 2022 ("The 37
+implementation details of PPO", "details" below) is a key of its own; the keys that other on-policy algorithms
+share stand in `OnPolicyConfig`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pgrl import functional
+from pgrl.agents.base import Agent, Setting, generator
+from pgrl.agents.on_policy import OnPolicyConfig, make_normalisers, shape_rewards, targets, update_value_norm
+from pgrl.data import NoiseStream, Transition, flatten_time, minibatches
+from pgrl.errors import UserError
+from pgrl.networks import ActorCritic
+from pgrl.optim import Adam, GradientStep
+
+
+@dataclass
+class PPOConfig(OnPolicyConfig):
+    """`algo=ppo`; the defaults are Schulman et al. 2017, table 3 (MuJoCo), with details 2, 3 and 7 added."""
+
+    num_steps: int = 2048  # T: steps of each env between updates
+    update_epochs: int = 10  # passes over a rollout
+    num_minibatches: int = 32  # parts of a pass; must divide num_steps * num_envs
+    shuffle: bool = True  # a fresh random order each epoch; detail 6
+    recompute_advantages: bool = (
+        False  # with the newest values before each epoch; Andrychowicz et al. 2020, section 3.5
+    )
+    norm_adv: str | None = "minibatch"  # advantages to mean 0, std 1 per minibatch, per batch, or not (null); detail 7
+    learning_rate: float = 3e-4  # Adam's
+    value_learning_rate: float | None = None  # for the value's own parameters; null: learning_rate
+    anneal_lr: bool = True  # linearly to 0; option 4
+    adaptive_lr_kl: float | None = (
+        None  # keep the KL of an epoch near this by the rate; Rudin et al. 2022, appendix A.3
+    )
+    adam_eps: float = 1e-5  # detail 3
+    max_grad_norm: float | None = 0.5  # null: off; option 9, detail 11
+    clip_grad_per_network: bool = False  # policy and value gradients each to max_grad_norm; Engstrom's code
+    clip_coef: float | None = 0.2  # ratio within 1 +- this; null: no clipping (PPO-NoClip of Engstrom et al. 2020)
+    clip_coef_high: float | None = (
+        None  # the upper side's own range; null: clip_coef; Yu et al. 2025 (2503.14476), eq. 10
+    )
+    anneal_clip: bool = False  # the range linearly to 0; Schulman et al. 2017, table 5
+    dual_clip: float | None = None  # bound of the objective where A < 0, above 1; Ye et al. 2020, equation 5
+    target_kl: float | None = None  # no further epoch once approx_kl exceeds this; null: off; detail 12
+    kl_coef: float | None = None  # first weight of the adaptive KL penalty; null: off; Schulman et al. 2017, section 4
+    kl_coef_target: float = 0.01  # the KL at which that weight stays as it is; Schulman et al. 2017, section 6.1
+    ent_coef: float = 0.0  # weight of the entropy bonus; detail 10
+    ent_coef_final: float | None = None  # the weight at the end, reached linearly; null: ent_coef
+    vf_coef: float = 0.5  # weight of the value loss; detail 9
+    vf_clip_coef: float | None = 0.2  # values within +- this of the old ones; null: off; option 1, detail 9
+
+
+class Batch(NamedTuple):
+    """A rollout as the loss takes it; [T, B, ...], then [N, ...]."""
+
+    obs: Tensor
+    action: Tensor
+    log_prob: Tensor
+    advantage: Tensor
+    returns: Tensor
+    value: Tensor
+
+
+METRICS = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "grad_norm")
+
+
+class PPO(Agent):
+    name = "ppo"
+
+    def __init__(self, config: PPOConfig, setting: Setting) -> None:
+        self.config, self.num_steps = config, config.num_steps
+        self.net = ActorCritic(setting.obs_space, setting.action_space, config.network, config.policy)
+        self.net.to(setting.device)
+        self.obs_norm, self.value_norm, self.reward_scaler = make_normalisers(config, setting)
+        self.noise = NoiseStream(self.net.noise, config.num_steps, generator(setting.seed, 0, setting.device))
+        self.order = generator(setting.seed, 1, setting.device)
+        self.kl_coef = torch.tensor(config.kl_coef or 0.0, device=setting.device)
+        self.lr_factor = torch.ones((), device=setting.device)
+        self.updates = torch.zeros((), dtype=torch.int64)
+        value_lr = config.value_learning_rate or config.learning_rate
+        self.step = GradientStep(
+            self.loss,
+            [(self.net.policy_parameters(), 1.0), (self.net.value_parameters(), value_lr / config.learning_rate)],
+            partial(Adam, eps=config.adam_eps),
+            max_grad_norm=config.max_grad_norm,
+            clip_per_group=config.clip_grad_per_network,
+            compiled=setting.compiled,
+        )
+
+    @staticmethod
+    def check(config: PPOConfig, setting: Setting) -> None:
+        batch = config.num_steps * setting.num_envs
+        if batch % config.num_minibatches:
+            raise UserError(
+                f"algo.num_minibatches={config.num_minibatches} does not divide the rollout of num_steps * num_envs = "
+                f"{config.num_steps} * {setting.num_envs} = {batch}."
+            )
+
+    @torch.no_grad()
+    def act(self, obs: Tensor, explore: bool = True) -> Tensor:
+        obs = self.obs_norm(obs) if self.obs_norm is not None else obs
+        return self.net.sample(obs, self.noise.next(len(obs))) if explore else self.net.mode(obs)
+
+    def update(self, rollout: Transition, progress: float) -> dict[str, Tensor]:
+        config, raw_obs = self.config, rollout.obs
+        reward = shape_rewards(config, self.reward_scaler, rollout)
+        rollout = rollout._replace(reward=reward, action=self.net.to_policy_units(rollout.action))
+        if self.obs_norm is not None:
+            rollout = rollout._replace(obs=self.obs_norm(rollout.obs), next_obs=self.obs_norm(rollout.next_obs))
+        lr, scalars = self._schedules(progress)
+        batch = self._batch(rollout)
+
+        epochs: list[Tensor] = []
+        for epoch in range(config.update_epochs):
+            if epoch and config.recompute_advantages:
+                batch = self._with_targets(batch, rollout)
+            parts = minibatches(flatten_time(batch), config.num_minibatches, self.order if config.shuffle else None)
+            epochs.append(torch.stack([self.step(part, lr, scalars) for part in parts]))
+            kl = epochs[-1][:, METRICS.index("approx_kl")].mean()
+            if config.adaptive_lr_kl is not None:
+                lr = self._adapt_lr(lr, kl)
+            if config.target_kl is not None and float(kl) > config.target_kl:
+                break
+        if config.kl_coef is not None:  # Schulman et al. 2017, section 4
+            far, near = kl > 1.5 * config.kl_coef_target, kl < config.kl_coef_target / 1.5
+            self.kl_coef.mul_(torch.where(far, 2.0, torch.where(near, 0.5, 1.0)))
+        self.updates += config.num_minibatches * len(epochs)
+
+        # last, so that a whole update sees the statistics under which the actions were taken
+        if self.obs_norm is not None:
+            self.obs_norm.update(raw_obs)
+        metrics = dict(zip((f"losses/{m}" for m in METRICS), torch.cat(epochs).mean(0).unbind(), strict=True))
+        metrics["losses/explained_variance"] = functional.explained_variance(batch.value, batch.returns)
+        if config.kl_coef is not None:
+            metrics["losses/kl_coef"] = self.kl_coef.clone()
+        if config.target_kl is not None:
+            metrics["losses/epochs"] = torch.tensor(float(len(epochs)))
+        return {**metrics, "charts/learning_rate": lr, "charts/updates": self.updates.clone()}
+
+    def loss(self, batch: Batch, scalars: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of one minibatch and METRICS but the last; `scalars` are clip low, clip high, entropy, KL weight."""
+        config = self.config
+        clip_low, clip_high, ent_coef, kl_coef = scalars.unbind()
+        distribution, value = self.net.policy_and_value(batch.obs)
+        log_ratio = distribution.log_prob(batch.action) - batch.log_prob
+        advantage = functional.normalise(batch.advantage) if config.norm_adv == "minibatch" else batch.advantage
+
+        if config.clip_coef is None:
+            policy_loss = functional.ppo_loss(log_ratio, advantage)
+        else:
+            policy_loss = functional.ppo_clip_loss(log_ratio, advantage, clip_low, clip_high, config.dual_clip)
+        if config.vf_clip_coef is None:
+            value_loss = functional.value_loss(value, batch.returns)
+        else:
+            value_loss = functional.clipped_value_loss(value, batch.value, batch.returns, config.vf_clip_coef)
+        entropy = distribution.entropy().mean()
+        loss = policy_loss + config.vf_coef * value_loss
+        if config.ent_coef or config.ent_coef_final:
+            loss = loss - ent_coef * entropy
+        if config.kl_coef is not None:
+            loss = loss + kl_coef * functional.approx_kl(log_ratio)
+
+        with torch.no_grad():
+            kl = functional.approx_kl(log_ratio)
+            clipped = functional.clip_fraction(log_ratio, clip_low, clip_high)
+            return loss, torch.stack([policy_loss, value_loss, entropy, kl, clipped])
+
+    def _batch(self, rollout: Transition) -> Batch:
+        with torch.no_grad():
+            log_prob = self.net.policy(rollout.obs.flatten(0, 1)).log_prob(rollout.action.flatten(0, 1))
+        nothing = torch.empty(0)
+        batch = Batch(rollout.obs, rollout.action, log_prob.view_as(rollout.reward), nothing, nothing, nothing)
+        return self._with_targets(batch, rollout, first=True)
+
+    def _with_targets(self, batch: Batch, rollout: Transition, *, first: bool = False) -> Batch:
+        """The batch with values, advantages and returns by the present value function."""
+        value, advantage, returns = targets(self.config, self.net, self.value_norm, rollout)
+        if self.value_norm is not None:
+            if first:
+                update_value_norm(self.value_norm, self.net.value_head, returns)
+            value, returns = self.value_norm(value), self.value_norm(returns)
+        if self.config.norm_adv == "batch":
+            advantage = functional.normalise(advantage)
+        return batch._replace(value=value, advantage=advantage, returns=returns)
+
+    def _schedules(self, progress: float) -> tuple[Tensor, Tensor]:
+        """The learning rate [] and the scalars of `loss` at `progress`."""
+        config, left = self.config, 1.0 - progress
+        low = config.clip_coef if config.clip_coef is not None else float("inf")
+        high = config.clip_coef_high if config.clip_coef_high is not None else low
+        clip = left if config.anneal_clip else 1.0
+        last = config.ent_coef if config.ent_coef_final is None else config.ent_coef_final
+        entropy = config.ent_coef * left + last * progress
+        lr = config.learning_rate * (left if config.anneal_lr else 1.0) * self.lr_factor
+        scalars = torch.tensor([low * clip, high * clip, entropy, 0.0], device=lr.device)
+        scalars[3] = self.kl_coef
+        return lr, scalars
+
+    def _adapt_lr(self, lr: Tensor, kl: Tensor) -> Tensor:
+        """A lower rate after an epoch that moved twice too far, a higher one after one that moved half too little."""
+        target = self.config.adaptive_lr_kl
+        assert target is not None
+        factor = torch.where(kl > 2.0 * target, 1 / 1.5, torch.where(kl < 0.5 * target, 1.5, 1.0))
+        before = self.lr_factor.clone()
+        self.lr_factor.mul_(factor).clamp_(0.01, 30.0)
+        return lr * (self.lr_factor / before)

@@ -1,0 +1,215 @@
+"""What a configuration must fulfil before anything is built: ranges, choices, and how keys go together."""
+
+from __future__ import annotations
+
+import ctypes
+import difflib
+import json
+import math
+import os
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pgrl import schema
+
+if TYPE_CHECKING:
+    from pgrl.config import RunConfig
+
+
+class Problem(NamedTuple):
+    """Something wrong with one key, and what puts it right."""
+
+    key: str
+    value: object
+    why: str
+    use: tuple[str, ...] = ()  # words for the command line instead of those that set the key
+    command: str | None = None  # what to do where no other words help
+
+
+class Rule(NamedTuple):
+    """What a value must be; null is left to the type."""
+
+    holds: Callable[[Any], bool]
+    must: str
+
+
+COUNT = Rule(lambda x: x >= 1, "must be at least 1")
+COUNTS = Rule(lambda xs: all(x >= 1 for x in xs), "each must be at least 1")
+POSITIVE = Rule(lambda x: x > 0, "must be above 0")
+SHARE = Rule(lambda x: 0 <= x <= 1, "must be in [0, 1]")
+
+# By the last part of the key, for every algorithm.
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(
+        "total_timesteps num_envs threads eval_every eval_episodes save_every log_every max_episode_steps num_steps "
+        "n_step update_epochs num_minibatches episodes".split(),
+        COUNT,
+    ),
+    **dict.fromkeys(("hidden_sizes", "value_hidden_sizes"), COUNTS),
+    **dict.fromkeys(
+        "learning_rate value_learning_rate adaptive_lr_kl adam_eps opt_eps max_grad_norm clip_coef clip_coef_high "
+        "vf_clip_coef target_kl kl_coef kl_coef_target clip_obs clip_reward policy_gain value_gain".split(),
+        POSITIVE,
+    ),
+    **dict.fromkeys(("gamma", "gae_lambda"), SHARE),
+    "rms_prop_alpha": Rule(lambda x: 0 <= x < 1, "must be in [0, 1)"),
+    "vf_coef": Rule(lambda x: x >= 0, "must not be negative"),
+    "dual_clip": Rule(lambda x: x > 1, "must be above 1"),
+    "seed": Rule(lambda x: 0 <= x < 2**63, "must be from 0 to 2^63 - 1"),
+    "device": Rule(lambda x: re.fullmatch(r"cpu|cuda(:\d+)?", x) is not None, "must be cpu, cuda or cuda:<number>"),
+    "checkpoint": Rule(lambda x: re.fullmatch(r"last|best|\d+", x) is not None, "must be last, best or a step"),
+}
+CHOICES: dict[str, tuple[str, ...]] = {
+    "advantage": ("gae", "td_lambda", "n_step", "td0", "monte_carlo"),
+    "norm_adv": ("minibatch", "batch"),
+    "optimizer": ("rmsprop", "adam"),
+    "body": ("auto", "mlp", "cnn"),
+    "activation": ("tanh", "relu", "elu", "silu", "gelu"),
+    "init": ("orthogonal", "xavier"),
+    "distribution": ("gaussian", "squashed", "beta"),
+    "backend": ("gymnasium",),
+}
+
+
+def word(key: str, value: object) -> str:
+    """`key=value` as the command line takes it."""
+    if value is None or isinstance(value, bool):
+        value = json.dumps(value)
+    return f"{key}={str(value).replace(' ', '') if isinstance(value, list) else value}"
+
+
+def wrong_values(config: Any, keys: dict[str, schema.Key]) -> Iterator[Problem]:
+    """Values out of their range or choice, each alone."""
+    for key, value in schema.leaves(config):
+        name = key.rpartition(".")[2]
+        if key == "env.id" or value is None:
+            continue
+        default = (word(key, keys[key].default),) if key in keys else ()
+        if isinstance(value, float) and not math.isfinite(value):
+            yield Problem(key, value, "must be finite", default)
+        elif name in RULES and not RULES[name].holds(value):
+            yield Problem(key, value, RULES[name].must, default)
+        elif name in CHOICES and isinstance(value, str) and value not in CHOICES[name]:
+            near = difflib.get_close_matches(value, CHOICES[name], n=1)
+            why = f"must be {' or '.join(CHOICES[name])}" + (", or null" if "None" in keys[key].type else "")
+            yield Problem(key, value, why, (word(key, near[0]),) if near else default)
+
+
+def wrong_together(config: RunConfig) -> Iterator[Problem]:
+    """Values that do not fit each other."""
+    algo = vars(config.algo)
+    num_steps = algo.get("num_steps", 1)
+    rollout = num_steps * config.num_envs
+    size = f"num_steps * num_envs = {num_steps} * {config.num_envs} = {rollout}"
+    parts = algo.get("num_minibatches", 1)
+    least = 2 if algo.get("norm_adv") in (True, "minibatch") else 1
+    fitting = [n for n in range(1, rollout // least + 1) if rollout % n == 0]
+    if not fitting:
+        why = f"one transition ({size}) cannot be normalised"
+        yield Problem("algo.norm_adv", algo["norm_adv"], why, ("algo.num_steps=16",))
+    elif parts not in fitting:
+        why = f"does not divide the rollout of {size}"
+        if rollout % parts == 0:
+            why = f"leaves minibatches of one transition ({size}), whose advantages cannot be normalised"
+        nearest = min(fitting, key=lambda n: (abs(n - parts), n))
+        yield Problem("algo.num_minibatches", parts, why, (f"algo.num_minibatches={nearest}",))
+    if config.total_timesteps < rollout:
+        why = f"is less than one rollout of {size}"
+        yield Problem("total_timesteps", config.total_timesteps, why, (f"total_timesteps={rollout}",))
+    if algo.get("clip_coef", 0.0) is None:
+        for key in ("clip_coef_high", "dual_clip", "anneal_clip"):
+            if algo[key]:
+                yield Problem(f"algo.{key}", algo[key], "does nothing where algo.clip_coef=null switches clipping off")
+    network = algo.get("network")
+    if network is not None and network.shared and network.value_hidden_sizes is not None:
+        why = "does nothing where algo.network.shared=true gives both networks one body"
+        yield Problem("algo.network.value_hidden_sizes", network.value_hidden_sizes, why)
+
+
+def wrong_env(env_id: str) -> Iterator[Problem]:
+    """An env that does not exist, or whose package is missing."""
+    import gymnasium
+
+    from pgrl import env_ids
+
+    try:
+        missing = env_ids.missing_package(env_id)
+    except (gymnasium.error.Error, ImportError, ValueError) as error:
+        why, near = str(error).splitlines()[0].rstrip("."), env_ids.near_ids(env_id)
+        if near:
+            why += f". Did you mean {' or '.join(near)}?"
+        yield Problem("env", env_id, f"{why} (python -m pgrl.train --envs lists all)", (f"env={[*near, 'CartPole-v1'][0]}",))
+        return
+    if missing is not None:
+        module, package = missing
+        yield Problem("env", env_id, f"needs {module}, which is not installed", command=f"pip install {package}")
+
+
+def wrong_device(device: str) -> Iterator[Problem]:
+    """A GPU that is not there."""
+    if not device.startswith("cuda"):
+        return
+    why = "there is no NVIDIA driver on this machine"
+    try:
+        ctypes.CDLL("libcuda.so.1")  # torch is imported only if this says that there may be a GPU
+    except OSError:
+        pass
+    else:
+        import torch
+
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if int(device.partition(":")[2] or 0) < count:
+            return
+        why = f"torch {torch.__version__} sees {count} GPUs"
+    yield Problem("device", device, f"CUDA is not available: {why}", ("device=cpu",))
+
+
+def wrong_folder(run_dir: Path, given: bool) -> Iterator[Problem]:
+    """A folder for a new run that exists, or that cannot be made."""
+    if given and os.path.lexists(run_dir):
+        if is_run(run_dir) and read_status(run_dir).get("state") != "done":
+            command = f"python -m pgrl.train {shlex.quote(f'resume={run_dir}')}"
+            yield Problem("run_dir", run_dir, "is the folder of a run, which resume= continues", command=command)
+        else:
+            why = "exists already, and two runs never share a folder"
+            yield Problem("run_dir", run_dir, why, (f"run_dir={free_name(run_dir)}",))
+        return
+    parent = next(p for p in run_dir.absolute().parents if os.path.lexists(p))
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        why = "is not writable" if parent.is_dir() else "is not a folder"
+        use = () if given else ("run_dir=/tmp/pgrl-run",)
+        yield Problem("run_dir", run_dir, f"cannot be made: {parent} {why}", use)
+
+
+def free_name(path: Path) -> Path:
+    """A path beside `path` where nothing is yet."""
+    return next(p for n in range(2, 10_000) if not os.path.lexists(p := path.with_name(f"{path.name}-{n}")))
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is that of a run."""
+    return (folder / "config.yaml").is_file()
+
+
+def read_status(run_dir: Path) -> dict[str, Any]:
+    """What status.json says, {} where there is none."""
+    try:
+        status = json.loads((run_dir / "status.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return status if isinstance(status, dict) else {}
+
+
+def check(config: RunConfig, keys: dict[str, schema.Key]) -> list[Problem]:
+    """All that is wrong with the configuration of a new run, before torch is imported."""
+    problems = list(wrong_values(config, keys))
+    if not problems:
+        problems += wrong_together(config)
+    problems += wrong_env(config.env.id)
+    if not any(p.key == "device" for p in problems):
+        problems += wrong_device(config.device)
+    problems += wrong_folder(Path(config.run_dir or "runs/new"), given=config.run_dir is not None)
+    return problems

@@ -1,0 +1,132 @@
+"""What agents learn from: transitions, rollouts of them, minibatches, and the noise that makes actions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
+
+import gymnasium.spaces as spaces
+import torch
+from torch import Generator, Tensor
+
+
+class Transition(NamedTuple):
+    """What happened: [B, ...] in one step, [T, B, ...] in a rollout, [N, ...] in a batch."""
+
+    obs: Tensor
+    action: Tensor
+    reward: Tensor
+    next_obs: Tensor  # what the action led to, before any reset
+    terminated: Tensor  # bool: the task ended; nothing follows
+    truncated: Tensor  # bool: the clock ran out; more would have followed
+
+
+class Step(NamedTuple):
+    """What an env answers; an env that ends is reset within the same step."""
+
+    obs: Tensor  # [B, *obs] to act on next
+    reward: Tensor  # [B] float32
+    terminated: Tensor  # [B] bool
+    truncated: Tensor  # [B] bool
+    next_obs: Tensor  # [B, *obs]; differs from obs only where an episode ended
+
+
+class Rollout:
+    """Room for T steps of B envs, allocated once; envs write their answers straight into its rows.
+
+    `steps[t]` is where the answer to step t goes. The obs an agent acts on at t is `obs[t]`, which is the `obs` of
+    `steps[t - 1]`: one tensor of T + 1 rows serves both.
+    """
+
+    def __init__(
+        self, num_steps: int, num_envs: int, obs_space: spaces.Box, action_space: spaces.Space, device: torch.device
+    ) -> None:
+        shape = (num_steps, num_envs)
+        obs_dtype = torch.uint8 if obs_space.dtype == "uint8" else torch.float32
+        self._obs = torch.zeros((num_steps + 1, num_envs, *obs_space.shape), dtype=obs_dtype, device=device)
+        next_obs = torch.zeros((*shape, *obs_space.shape), dtype=obs_dtype, device=device)
+        action_shape, action_dtype = action_rows(action_space)
+        self.action = torch.zeros((*shape, *action_shape), dtype=action_dtype, device=device)
+        reward = torch.zeros(shape, device=device)
+        terminated = torch.zeros(shape, dtype=torch.bool, device=device)
+        truncated = torch.zeros(shape, dtype=torch.bool, device=device)
+        self._fields = (reward, terminated, truncated, next_obs)
+        self.obs = list(self._obs.unbind())
+        columns = (self.obs[1:], *(x.unbind() for x in self._fields))
+        self.steps = [Step(*row) for row in zip(*columns, strict=True)]
+
+    def begin(self, obs: Tensor) -> None:
+        """Start a new rollout at obs [B, *obs]."""
+        self.obs[0].copy_(obs)
+
+    def transition(self) -> Transition:
+        """All T steps as tensors [T, B, ...], views of this rollout's memory."""
+        reward, terminated, truncated, next_obs = self._fields
+        return Transition(self._obs[:-1], self.action, reward, next_obs, terminated, truncated)
+
+
+def action_rows(space: spaces.Space) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and dtype of one action of `space` in a rollout: flat, float32 for Box and int64 otherwise."""
+    if isinstance(space, spaces.Box):
+        return (int(torch.Size(space.shape).numel()),), torch.float32
+    if isinstance(space, spaces.Discrete):
+        return (), torch.int64
+    return (int(torch.Size(space.shape or ()).numel()),), torch.int64
+
+
+BatchT = TypeVar("BatchT", bound=tuple[Tensor, ...])
+
+
+def flatten_time(batch: BatchT) -> BatchT:
+    """The fields [T, B, ...] of a named tuple as [T * B, ...]."""
+    return type(batch)(*(x.flatten(0, 1) for x in batch))
+
+
+def minibatches(batch: BatchT, num_minibatches: int, generator: Generator | None) -> Iterator[BatchT]:
+    """The named tuple of [N, ...] fields in `num_minibatches` equal parts, in a fresh random order.
+
+    The whole batch is permuted once and the parts are slices of it. Without a generator the order is kept.
+    """
+    n = len(batch[0])
+    if generator is not None:
+        order = torch.randperm(n, generator=generator, device=generator.device)
+        batch = type(batch)(*(x.index_select(0, order) for x in batch))
+    parts = (x.split(n // num_minibatches) for x in batch)
+    return (type(batch)(*fields) for fields in zip(*parts, strict=True))
+
+
+class NoiseStream:
+    """Noise for acting, drawn for `num_steps` steps at a time; its state is exact between any two steps.
+
+    `draw(shape, generator)` gives noise for `shape` samples.
+    """
+
+    def __init__(self, draw: Callable[[tuple[int, ...], Generator], Tensor], num_steps: int, generator: Generator):
+        self._draw, self._num_steps, self._generator = draw, num_steps, generator
+        self._start = generator.get_state()  # as it was before the present block was drawn
+        self._rows: tuple[Tensor, ...] = ()
+        self._used = 0
+
+    def next(self, num_envs: int) -> Tensor:
+        """Noise for one step of `num_envs` envs."""
+        if self._used == len(self._rows) or len(self._rows[0]) != num_envs:
+            self._fill(num_envs)
+        self._used += 1
+        return self._rows[self._used - 1]
+
+    def _fill(self, num_envs: int) -> None:
+        self._start = self._generator.get_state()
+        self._rows = self._draw((self._num_steps, num_envs), self._generator).unbind()
+        self._used = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        if self._used == len(self._rows):
+            return {"generator": self._generator.get_state(), "used": 0, "num_envs": 0}
+        return {"generator": self._start, "used": self._used, "num_envs": len(self._rows[0])}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._generator.set_state(state["generator"])
+        self._rows, self._used = (), 0
+        if state["used"]:
+            self._fill(state["num_envs"])
+            self._used = state["used"]

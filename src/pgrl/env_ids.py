@@ -1,0 +1,61 @@
+"""Which environments there are, what an unknown id may have meant, and which package a known one needs."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import re
+from importlib.util import find_spec
+
+import gymnasium
+from gymnasium.envs.registration import EnvSpec
+
+# Where an env's code lies, the module it needs, and what installs that.
+PACKAGES = {
+    "gymnasium.envs.mujoco": ("mujoco", "'pgrl[mujoco]'"),
+    "gymnasium.envs.box2d": ("Box2D", "'pgrl[box2d]'"),
+    "gymnasium.envs.phys2d": ("jax", "'gymnasium[jax]'"),
+    "gymnasium.envs.tabular": ("jax", "'gymnasium[jax]'"),
+    "ALE": ("ale_py", "ale-py"),
+}
+
+
+def find(env_id: str) -> EnvSpec:
+    """The registered env of this id; its package, and that of the Atari games, is imported where the id names it.
+
+    gymnasium.error.Error or ModuleNotFoundError if there is none.
+    """
+    if env_id.startswith("ALE/") and find_spec("ale_py"):
+        importlib.import_module("ale_py")
+    package, _, name = env_id.rpartition(":")
+    if package:
+        importlib.import_module(package)
+    spec = gymnasium.spec(name)
+    if not isinstance(spec.entry_point, str) and getattr(spec.entry_point, "__name__", "").startswith("_raise"):
+        raise gymnasium.error.DeprecatedEnv(f"Gymnasium no longer has {name}.")
+    return spec
+
+
+def missing_package(env_id: str) -> tuple[str, str] | None:
+    """The module that an env needs and that is not installed, and what `pip install` should be given, if any."""
+    place = "ALE" if env_id.startswith("ALE/") else str(find(env_id).entry_point).rpartition(":")[0]
+    for start, (module, package) in PACKAGES.items():
+        if place.startswith(start) and find_spec(module) is None:
+            return module, package
+    return None
+
+
+def all_ids() -> list[str]:
+    """Every registered id that Gymnasium can still make, if its package is installed."""
+    return [name for name, spec in gymnasium.registry.items() if isinstance(spec.entry_point, str) or
+            not getattr(spec.entry_point, "__name__", "").startswith("_raise")]
+
+
+def near_ids(env_id: str, n: int = 3) -> list[str]:
+    """Registered ids that come near an unknown one: other versions of the name first, the newest of them before."""
+    name = re.sub(r"-v\d+$", "", env_id.rpartition(":")[2]).lower()
+    ids = all_ids()
+    same = [known for known in ids if re.sub(r"-v\d+$", "", known).lower() == name]
+    by_lower = {known.lower(): known for known in ids}
+    near = [by_lower[k] for k in difflib.get_close_matches(env_id.lower(), by_lower, n=n, cutoff=0.5)]
+    return list(dict.fromkeys([*reversed(same), *near]))[:n]

@@ -1,0 +1,65 @@
+"""What the training loop needs of a batch of environments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import gymnasium.spaces as spaces
+import numpy as np
+import torch
+from torch import Tensor
+
+from pgrl.data import Step
+
+
+@dataclass
+class EnvConfig:
+    """Which environments a run uses (`env.*`)."""
+
+    id: str = "CartPole-v1"  # a registered Gymnasium id, or package:Id-v0
+    backend: str = "gymnasium"  # who steps them: gymnasium
+    max_episode_steps: int | None = None  # another time limit than the registered one
+    kwargs: dict[str, Any] = field(default_factory=dict)  # passed to gymnasium.make
+
+
+class Episode(NamedTuple):
+    """A finished episode: the sum of its raw rewards, its length in steps, and the env that played it."""
+
+    env_return: float
+    length: int
+    env: int
+
+
+class VecEnv(Protocol):
+    """B environments stepped together, each reset within the step that ends its episode."""
+
+    num_envs: int
+    obs_space: spaces.Box  # of the tensors this env gives: float32, or uint8 for images
+    action_space: spaces.Space  # Box, Discrete, MultiDiscrete or MultiBinary
+    device: torch.device
+
+    def reset(self) -> Tensor:
+        """Begin the first episode of every env: obs [B, *obs]."""
+
+    def obs(self) -> Tensor:
+        """The obs [B, *obs] to act on next."""
+
+    def step(self, action: Tensor, out: Step | None = None) -> Step:
+        """Act in every env, actions [B, ...] in the env's units, clipped to its bounds; the answer is in `out`."""
+
+    def episodes(self) -> list[Episode]:
+        """The episodes that ended since the last call, in order."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Enough to continue exactly from here; call `episodes` before."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state."""
+
+    def close(self) -> None: ...
+
+
+def episode_seed(run_seed: int, env_index: int, episode_index: int) -> int:
+    """The seed of one episode: streams of neighbouring seeds are independent, in any vectorisation."""
+    return int(np.random.SeedSequence([run_seed, env_index, episode_index]).generate_state(1)[0])

@@ -1,0 +1,145 @@
+"""The return of an agent that does not explore; also `python -m pgrl.evaluate`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from pgrl import checkpoint
+from pgrl import config as configuration
+from pgrl.agents import Agent
+from pgrl.config import EvaluateConfig, RunConfig
+from pgrl.envs import EnvConfig, make_vec
+from pgrl.errors import CheckpointError
+from pgrl.run import make_agent
+
+MAX_ENVS = 32
+
+
+class Evaluation(NamedTuple):
+    """Returns and lengths (in steps) of whole episodes, in the order of their numbers."""
+
+    returns: list[float]
+    lengths: list[int]
+
+
+def evaluate(agent: Agent, env_config: EnvConfig, episodes: int, seed: int) -> Evaluation:
+    """Play `episodes` episodes side by side with the most likely actions; the agent does not change.
+
+    Each env plays a share of the episodes fixed beforehand, so short episodes are not over-represented.
+    """
+    num_envs = min(episodes, MAX_ENVS)
+    share = [len(range(i, episodes, num_envs)) for i in range(num_envs)]
+    played: list[list[tuple[float, int]]] = [[] for _ in range(num_envs)]
+    env = make_vec(env_config, num_envs, seed)
+    try:
+        obs = env.reset()
+        while any(len(p) < s for p, s in zip(played, share, strict=True)):
+            obs = env.step(agent.act(obs, explore=False)).obs
+            for episode in env.episodes():
+                if len(played[episode.env]) < share[episode.env]:
+                    played[episode.env].append((episode.env_return, episode.length))
+    finally:
+        env.close()
+    in_order = [played[k % num_envs][k // num_envs] for k in range(episodes)]
+    return Evaluation([r for r, _ in in_order], [n for _, n in in_order])
+
+
+def iqm(x: Sequence[float]) -> float:
+    """The interquartile mean: the mean of the middle half, with fractional weights at its ends.
+
+    Agarwal et al. 2021 (arXiv 2108.13264), section 4.3.
+    """
+    values = np.sort(np.asarray(x, np.float64))
+    n = len(values)
+    low, high = n / 4, 3 * n / 4
+    weight = np.array([max(0.0, min(i + 1, high) - max(i, low)) for i in range(n)])
+    return float((values * weight).sum() / weight.sum())
+
+
+def bootstrap_interval(
+    x: Sequence[float],
+    statistic: Callable[[Sequence[float]], float],
+    n: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """The percentile bootstrap interval of a statistic from `n` resamples: Efron & Tibshirani 1993, section 13.3."""
+    values = np.asarray(x, np.float64)
+    if len(values) < 2:
+        return (math.nan, math.nan)
+    rng = np.random.default_rng(seed)
+    samples = [statistic(values[rng.integers(0, len(values), len(values))]) for _ in range(n)]  # type: ignore[arg-type]
+    low, high = np.quantile(samples, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def load(run_dir: Path, which: str = "last") -> tuple[Agent, RunConfig, int]:
+    """The agent of a run at a checkpoint (`last`, `best` or a step), the run's config, and the checkpoint's step.
+
+    Reads the run's folder and changes nothing in it. CheckpointError if there is no such checkpoint.
+    """
+    config = replace(configuration.load_run(run_dir), device="cpu", compile=False)
+    steps = checkpoint.list_steps(run_dir)
+    if not steps:
+        raise CheckpointError(f"run={run_dir}: this run has no checkpoint yet.\nContinue it: python -m pgrl.train resume={run_dir}")
+    state = checkpoint.load(checkpoint.folder(run_dir, steps[-1]))
+    step = steps[-1]
+    if which != "last":
+        step = state["position"]["best_step"] if which == "best" else int(which)
+        if step not in steps:
+            kept = ", ".join(map(str, steps))
+            raise CheckpointError(
+                f"checkpoint={which}: this run has no such checkpoint; it keeps those of steps {kept}"
+                f"{' (best needs eval_every)' * (which == 'best')}.\nTry: python -m pgrl.evaluate run={run_dir}"
+            )
+        state = checkpoint.load(checkpoint.folder(run_dir, step))
+    env = make_vec(config.env, 1, config.seed)
+    agent = make_agent(config, env)
+    env.close()
+    agent.load_state_dict(state["agent"])
+    return agent, config, step
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Evaluate a run and write evaluation.json beside it."""
+    configuration.evaluate_main(argv, report)
+
+
+def report(options: EvaluateConfig) -> None:
+    """Print and write what `options` asks for."""
+    run_dir = Path(options.run)
+    agent, config, step = load(run_dir, options.checkpoint)
+    result = evaluate(agent, config.env, options.episodes, options.seed)
+    returns = result.returns
+    low, high = bootstrap_interval(returns, iqm)
+    summary = {
+        "step": step,
+        "episodes": options.episodes,
+        "seed": options.seed,
+        "return_mean": float(np.mean(returns)),
+        "return_std": float(np.std(returns)),
+        "return_iqm": iqm(returns),
+        "return_ci": [low, high],
+        "length_mean": float(np.mean(result.lengths)),
+        "returns": returns,
+        "lengths": result.lengths,
+    }
+    checkpoint.write_text(run_dir / "evaluation.json", json.dumps(summary, indent=2) + "\n")
+    print(
+        f"{agent.name} on {config.env.id} at step {step:,}, {options.episodes} episodes without exploration:\n"
+        f"  return {summary['return_mean']:,.2f} +- {summary['return_std']:,.2f} (mean, std)\n"
+        f"  IQM    {summary['return_iqm']:,.2f} [{low:,.2f}, {high:,.2f}] (95 % bootstrap interval)\n"
+        f"  length {summary['length_mean']:,.1f} steps\n"
+        f"written to {run_dir / 'evaluation.json'}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""Returns, advantages and losses: pure functions of tensors.
+
+Shapes: T steps, B environments, N samples. Time runs along the first axis. `terminated` and `truncated` are bool:
+after a termination nothing follows, so nothing is bootstrapped; after a truncation more would have followed, so
+`next_value`, the value of the true successor, is. Every trace is cut at both.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def discounted_sum(x: Tensor, decay: Tensor) -> Tensor:
+    """The backward recursion y_t = x_t + decay_t * y_{t+1}, with y_T = 0; both [T, ...], returns [T, ...].
+
+    Composes the affine maps pairwise, so T steps take log2(T) rounds of whole-tensor operations on any device.
+    """
+    k = 1
+    while k < len(x):
+        x = torch.cat([torch.addcmul(x[:-k], decay[:-k], x[k:]), x[-k:]])
+        decay = torch.cat([decay[:-k] * decay[k:], decay[-k:]])
+        k *= 2
+    return x
+
+
+def td_error(reward: Tensor, value: Tensor, next_value: Tensor, terminated: Tensor, gamma: float) -> Tensor:
+    """The one-step residual r + gamma * V(s') * (1 - terminated) - V(s); all [T, B]."""
+    return reward + gamma * next_value.masked_fill(terminated, 0.0) - value
+
+
+def gae(
+    reward: Tensor,
+    value: Tensor,
+    next_value: Tensor,
+    terminated: Tensor,
+    truncated: Tensor,
+    gamma: float,
+    lam: float,
+) -> Tensor:
+    """Generalised advantage estimates, the (gamma * lam)-discounted sum of TD errors to the episode's end.
+
+    All inputs and the result are [T, B]; `next_value` is V of the true successor, before any reset.
+    Schulman et al. 2016 (arXiv 1506.02438), equation 16.
+    """
+    delta = td_error(reward, value, next_value, terminated, gamma)
+    return discounted_sum(delta, gamma * lam * (~(terminated | truncated)).to(delta.dtype))
+
+
+def td_lambda(
+    reward: Tensor,
+    value: Tensor,
+    next_value: Tensor,
+    terminated: Tensor,
+    truncated: Tensor,
+    gamma: float,
+    lam: float,
+) -> Tensor:
+    """The lambda-return G^lambda; all [T, B]. Sutton & Barto 2018, equation 12.2 with 12.18's time limits."""
+    return gae(reward, value, next_value, terminated, truncated, gamma, lam) + value
+
+
+def monte_carlo(reward: Tensor, next_value: Tensor, terminated: Tensor, truncated: Tensor, gamma: float) -> Tensor:
+    """Discounted returns to the episode's end, bootstrapped where a truncation or the rollout cuts it; all [T, B].
+
+    Pass zeros as `next_value` for plain sums of rewards.
+    """
+    done = terminated | truncated
+    last = done.clone()
+    last[-1] = True
+    x = reward + gamma * next_value.masked_fill(terminated | ~last, 0.0)
+    return discounted_sum(x, gamma * (~done).to(x.dtype))
+
+
+def n_step(reward: Tensor, next_value: Tensor, terminated: Tensor, truncated: Tensor, gamma: float, n: int) -> Tensor:
+    """Returns over at most n rewards and then V; shorter where the episode or the rollout ends; all [T, B].
+
+    Sutton & Barto 2018, equation 7.1. n = 1 is the TD(0) target.
+    """
+    done = terminated | truncated
+    one = reward + gamma * next_value.masked_fill(terminated, 0.0)
+    returns = one
+    for _ in range(min(n, len(reward)) - 1):
+        longer = torch.where(done[:-1], one[:-1], reward[:-1] + gamma * returns[1:])
+        returns = torch.cat([longer, one[-1:]])
+    return returns
+
+
+def td0(reward: Tensor, next_value: Tensor, terminated: Tensor, gamma: float) -> Tensor:
+    """The one-step target r + gamma * V(s') * (1 - terminated); all [T, B]."""
+    return reward + gamma * next_value.masked_fill(terminated, 0.0)
+
+
+ADVANTAGES = ("gae", "td_lambda", "n_step", "td0", "monte_carlo")
+
+
+def advantage(
+    kind: str,
+    reward: Tensor,
+    value: Tensor,
+    next_value: Tensor,
+    terminated: Tensor,
+    truncated: Tensor,
+    gamma: float,
+    lam: float,
+    n: int,
+) -> Tensor:
+    """The advantage estimate named `kind`, one of ADVANTAGES; all [T, B].
+
+    `gae` and `td_lambda` are two names of one estimator: G^lambda - V. `lam` is used by these alone, `n` by `n_step`.
+    """
+    match kind:
+        case "gae" | "td_lambda":
+            return gae(reward, value, next_value, terminated, truncated, gamma, lam)
+        case "n_step":
+            return n_step(reward, next_value, terminated, truncated, gamma, n) - value
+        case "td0":
+            return td0(reward, next_value, terminated, gamma) - value
+        case "monte_carlo":
+            return monte_carlo(reward, next_value, terminated, truncated, gamma) - value
+    raise ValueError(f"advantage={kind!r}: choose one of {', '.join(ADVANTAGES)}")
+
+
+def normalise(x: Tensor, eps: float = 1e-8) -> Tensor:
+    """x shifted to mean 0 and scaled to standard deviation 1 over all its entries (any shape, at least 2 entries)."""
+    std, mean = torch.std_mean(x)
+    return (x - mean) / (std + eps)
+
+
+def policy_gradient_loss(log_prob: Tensor, advantage: Tensor) -> Tensor:
+    """-E[log pi(a|s) A]; both [N]. Its gradient is the policy gradient: Sutton et al. 2000, theorem 1."""
+    return -(log_prob * advantage).mean()
+
+
+def ppo_loss(log_ratio: Tensor, advantage: Tensor) -> Tensor:
+    """The unclipped surrogate -E[ratio * A]; both [N]. Schulman et al. 2017 (arXiv 1707.06347), equation 6."""
+    return -(log_ratio.exp() * advantage).mean()
+
+
+def ppo_clip_loss(
+    log_ratio: Tensor,
+    advantage: Tensor,
+    clip_low: float | Tensor,
+    clip_high: float | Tensor,
+    dual_clip: float | None = None,
+) -> Tensor:
+    """The clipped surrogate -E[min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A)]; both [N].
+
+    Schulman et al. 2017 (arXiv 1707.06347), equation 7. With `dual_clip` c > 1 the objective of a negative advantage
+    is bounded below by c * A: Ye et al. 2020 (arXiv 1912.09729), equation 5.
+    """
+    ratio = log_ratio.exp()
+    clipped = torch.clamp(ratio, 1.0 - clip_low, 1.0 + clip_high)
+    objective = torch.minimum(ratio * advantage, clipped * advantage)
+    if dual_clip is not None:
+        objective = torch.where(advantage < 0, torch.maximum(objective, dual_clip * advantage), objective)
+    return -objective.mean()
+
+
+def approx_kl(log_ratio: Tensor) -> Tensor:
+    """KL(old || new) from samples of old: E[(ratio - 1) - log ratio] >= 0, unbiased, as is its gradient; [N] -> [].
+
+    Schulman, "Approximating KL divergence" (joschu.net/blog/kl-approx.html, 2020), estimator k3.
+    """
+    return (log_ratio.expm1() - log_ratio).mean()
+
+
+def clip_fraction(log_ratio: Tensor, clip_low: float | Tensor, clip_high: float | Tensor) -> Tensor:
+    """The share of samples whose ratio lies outside [1 - clip_low, 1 + clip_high]; [N] -> []."""
+    change = log_ratio.expm1()
+    return ((change < -clip_low) | (change > clip_high)).to(log_ratio.dtype).mean()
+
+
+def value_loss(value: Tensor, returns: Tensor) -> Tensor:
+    """Half the mean squared error, so that its gradient is the mean error; both [N]."""
+    return 0.5 * (value - returns).square().mean()
+
+
+def clipped_value_loss(value: Tensor, old_value: Tensor, returns: Tensor, clip: float) -> Tensor:
+    """Half the mean of the larger squared error of `value` and of `value` kept within `clip` of `old_value`; all [N].
+
+    Engstrom et al. 2020 (arXiv 2005.12729), section 3, option 1.
+    """
+    near = old_value + (value - old_value).clamp(-clip, clip)
+    return 0.5 * torch.maximum((value - returns).square(), (near - returns).square()).mean()
+
+
+def explained_variance(value: Tensor, returns: Tensor) -> Tensor:
+    """1 - Var[returns - value] / Var[returns]: 1 is perfect, 0 is no better than a constant; any equal shapes -> []."""
+    return 1.0 - (returns - value).var(correction=0) / (returns.var(correction=0) + 1e-8)

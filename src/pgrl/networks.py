@@ -1,0 +1,367 @@
+"""Networks: MLP and CNN bodies, the actor-critic pair, the observation normaliser, and initialisation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import gymnasium.spaces as spaces
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from pgrl.distributions import (
+    Bernoulli,
+    Beta,
+    Categorical,
+    DiagGaussian,
+    Distribution,
+    MultiCategorical,
+    SquashedGaussian,
+)
+from pgrl.errors import UserError
+from pgrl.functional import discounted_sum
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "tanh": torch.tanh,
+    "relu": torch.relu,
+    "elu": F.elu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+}
+BODIES = ("auto", "mlp", "cnn")
+INITS = ("orthogonal", "xavier")
+DISTRIBUTIONS = ("gaussian", "squashed", "beta")
+
+
+@dataclass
+class NetworkConfig:
+    """The shape of the policy and value networks (`algo.network.*`)."""
+
+    body: str = "auto"  # auto (cnn for images, mlp otherwise), mlp, cnn
+    hidden_sizes: list[int] = field(default_factory=lambda: [64, 64])  # Schulman et al. 2017, section 6.1
+    value_hidden_sizes: list[int] | None = None  # null: as the policy's; Andrychowicz et al. 2020 prefer wider
+    activation: str = "tanh"  # tanh, relu, elu, silu, gelu; Schulman et al. 2017
+    shared: bool = False  # one body for policy and value (usual with CNNs), or one each
+    init: str = "orthogonal"  # orthogonal (gain sqrt 2, zero bias) or xavier (uniform); Engstrom et al. 2020, option 3
+    policy_gain: float = 0.01  # gain of the last policy layer when orthogonal; Andrychowicz et al. 2020, section 3.2
+    value_gain: float = 1.0  # gain of the last value layer when orthogonal; Huang et al. 2022, detail 2
+
+
+@dataclass
+class PolicyConfig:
+    """The distribution of continuous actions (`algo.policy.*`); discrete ones need no choice."""
+
+    distribution: str = "gaussian"  # gaussian (clipped by the env), squashed (tanh, with the log-det), beta
+    log_std_init: float = 0.0  # initial log standard deviation, in the policy's units; Huang et al. 2022, detail 16
+    state_dependent_std: bool = False  # the network outputs log_std, instead of one free parameter a dimension
+    rescale: bool = True  # the policy works in [-1, 1], mapped to finite bounds; false: in the env's own units
+
+
+class MLP(nn.Module):
+    """Linear layers with an activation between them, and after the last unless `last` is given.
+
+    [N, *shape] -> [N, sizes[-1]]; trailing dimensions are flattened. The forward is a flat loop: at 64 units a
+    module's call costs as much as its arithmetic.
+    """
+
+    def __init__(self, sizes: list[int], activation: str, *, activate_last: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+        self._pairs = [(layer.weight, layer.bias) for layer in self.layers]
+        self._activation = ACTIVATIONS[activation]
+        self._activated = len(self.layers) - (not activate_last)
+        self.features = sizes[-1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() > 2:
+            x = x.flatten(1)
+        for i, (weight, bias) in enumerate(self._pairs):
+            x = F.linear(x, weight, bias)
+            if i < self._activated:
+                x = self._activation(x)
+        return x
+
+
+class NatureCNN(nn.Module):
+    """Three convolutions and a layer of 512: Mnih et al. 2015, methods, "Model architecture".
+
+    Images are [N, C, H, W] or [N, H, W, C] (the smaller end is taken as channels), uint8 scaled to [0, 1].
+    """
+
+    def __init__(self, shape: tuple[int, ...], features: int = 512) -> None:
+        super().__init__()
+        self.channels_last = shape[2] < shape[0]
+        self._scale = 1.0 / 255.0
+        c, h, w = (shape[2], shape[0], shape[1]) if self.channels_last else shape
+        self.layers = nn.ModuleList([nn.Conv2d(c, 32, 8, 4), nn.Conv2d(32, 64, 4, 2), nn.Conv2d(64, 64, 3, 1)])
+        for kernel, stride in ((8, 4), (4, 2), (3, 1)):
+            h, w = (h - kernel) // stride + 1, (w - kernel) // stride + 1
+        self.layers.append(nn.Linear(64 * h * w, features))
+        self.features = features
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.uint8:
+            x = x.float() * self._scale
+        if self.channels_last:
+            x = x.movedim(-1, 1)
+        *convolutions, last = self.layers
+        for layer in convolutions:
+            x = torch.relu(layer(x))
+        return torch.relu(last(x.flatten(1)))
+
+
+def is_image(space: spaces.Box) -> bool:
+    """Whether observations look like images the Nature CNN accepts: three dimensions, at least 36 by 36."""
+    return len(space.shape) == 3 and sorted(space.shape)[1] >= 36
+
+
+def make_body(space: spaces.Box, config: NetworkConfig, hidden_sizes: list[int]) -> MLP | NatureCNN:
+    """The body that `config.body` names, for observations of `space`; UserError where it does not fit."""
+    if config.body == "cnn" and not is_image(space):
+        raise UserError(
+            f"algo.network.body=cnn needs image observations (three dimensions, at least 36 by 36 pixels), but this "
+            f"env's have shape {tuple(space.shape)}.\nUse: algo.network.body=mlp"
+        )
+    if config.body == "cnn" or (config.body == "auto" and is_image(space)):
+        return NatureCNN(space.shape)
+    return MLP([math.prod(space.shape), *hidden_sizes], config.activation, activate_last=True)
+
+
+class ActorCritic(nn.Module):
+    """A policy and a value function on the same observations, with separate bodies or a shared one.
+
+    `policy(obs)` is a distribution over actions in the policy's units, `value(obs)` is [N]. `sample` and `mode`
+    give actions in the env's units, which is what rollouts hold; `log_prob` takes those. Finite bounds are mapped
+    to [-1, 1] (`policy.rescale`); squashed and Beta policies always are.
+    """
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(
+        self, obs_space: spaces.Box, action_space: spaces.Space, network: NetworkConfig, policy: PolicyConfig
+    ) -> None:
+        super().__init__()
+        self.action_space = action_space
+        self.distribution = policy.distribution if isinstance(action_space, spaces.Box) else "discrete"
+        self.state_dependent_std = policy.state_dependent_std
+        hidden = list(network.hidden_sizes)
+        self.body = make_body(obs_space, network, hidden)
+        self.log_std: nn.Parameter | None = None
+        actions = self._outputs()
+        outputs = actions
+        if isinstance(action_space, spaces.Box):
+            if policy.distribution == "beta" or policy.state_dependent_std:
+                outputs = 2 * actions
+            else:
+                self.log_std = nn.Parameter(torch.full((actions,), policy.log_std_init))
+            self._set_bounds(action_space, policy)
+        else:
+            self.affine = False
+        self.log_std_init = policy.log_std_init
+        self.actions = actions
+        self.policy_head = nn.Linear(self.body.features, outputs)
+        value_hidden = hidden if network.value_hidden_sizes is None else list(network.value_hidden_sizes)
+        self.value_body = None if network.shared else make_body(obs_space, network, value_hidden)
+        self.value_head = nn.Linear((self.value_body or self.body).features, 1)
+        initialise(self, network)
+        self._policy_pair = (self.policy_head.weight, self.policy_head.bias)
+        self._value_pair = (self.value_head.weight, self.value_head.bias)
+
+    def _outputs(self) -> int:
+        """How many numbers the policy head gives for one set of distribution parameters."""
+        space = self.action_space
+        if isinstance(space, spaces.Box):
+            return math.prod(space.shape)
+        if isinstance(space, spaces.Discrete):
+            return int(space.n)
+        if isinstance(space, spaces.MultiDiscrete):
+            return int(space.nvec.sum())
+        if isinstance(space, spaces.MultiBinary):
+            return math.prod(space.shape)
+        raise UserError(f"action space {space}: supported are Box, Discrete, MultiDiscrete and MultiBinary.")
+
+    def _set_bounds(self, space: spaces.Box, policy: PolicyConfig) -> None:
+        low, high = torch.tensor(space.low).flatten().float(), torch.tensor(space.high).flatten().float()
+        finite = bool((low.isfinite() & high.isfinite()).all())
+        if self.distribution != "gaussian" and not finite:
+            raise UserError(
+                f"algo.policy.distribution={self.distribution} needs finite action bounds, but this env's are "
+                f"[{space.low.min()}, {space.high.max()}].\nUse: algo.policy.distribution=gaussian"
+            )
+        self.register_buffer("low", low, persistent=False)
+        self.register_buffer("high", high, persistent=False)
+        rescale = finite and (policy.rescale or self.distribution != "gaussian")
+        self.register_buffer("center", (low + high) / 2 if rescale else torch.zeros_like(low), persistent=False)
+        self.register_buffer("radius", (high - low) / 2 if rescale else torch.ones_like(low), persistent=False)
+        self.affine = bool((self.center != 0).any() or (self.radius != 1).any())
+
+    center: Tensor
+    radius: Tensor
+
+    def policy_parameters(self) -> list[nn.Parameter]:
+        """The parameters the policy depends on (a shared body is among them), in a fixed order."""
+        own = [*self.body.parameters(), *self.policy_head.parameters()]
+        return own if self.log_std is None else [*own, self.log_std]
+
+    def value_parameters(self) -> list[nn.Parameter]:
+        """The parameters only the value depends on, in a fixed order."""
+        body = [] if self.value_body is None else list(self.value_body.parameters())
+        return [*body, *self.value_head.parameters()]
+
+    def _distribution(self, features: Tensor) -> Distribution:
+        out = F.linear(features, *self._policy_pair)
+        if self.distribution == "discrete":
+            space = self.action_space
+            if isinstance(space, spaces.Discrete):
+                return Categorical(out)
+            if isinstance(space, spaces.MultiDiscrete):
+                return MultiCategorical(out, tuple(int(n) for n in space.nvec.flatten()))
+            return Bernoulli(out)
+        if self.distribution == "beta":
+            alpha, beta = (F.softplus(out) + 1.0).chunk(2, -1)
+            return Beta(alpha, beta)
+        if self.state_dependent_std:
+            mean, log_std = out.chunk(2, -1)
+            log_std = (log_std + self.log_std_init).clamp(-20.0, 2.0)
+        else:
+            assert self.log_std is not None
+            mean, log_std = out, self.log_std
+        return DiagGaussian(mean, log_std) if self.distribution == "gaussian" else SquashedGaussian(mean, log_std)
+
+    def policy(self, obs: Tensor) -> Distribution:
+        return self._distribution(self.body(obs))
+
+    def value(self, obs: Tensor) -> Tensor:
+        return F.linear((self.value_body or self.body)(obs), *self._value_pair).squeeze(-1)
+
+    def policy_and_value(self, obs: Tensor) -> tuple[Distribution, Tensor]:
+        """Both at once, so that a shared body runs once."""
+        features = self.body(obs)
+        other = features if self.value_body is None else self.value_body(obs)
+        return self._distribution(features), F.linear(other, *self._value_pair).squeeze(-1)
+
+    def noise(self, shape: tuple[int, ...], generator: Generator) -> Tensor:
+        """Noise for `shape` samples, as `sample` takes it."""
+        kind = {
+            "gaussian": DiagGaussian,
+            "squashed": SquashedGaussian,
+            "beta": Beta,
+            "discrete": Bernoulli if isinstance(self.action_space, spaces.MultiBinary) else Categorical,
+        }[self.distribution]
+        return kind.noise((*shape, self.actions), generator)
+
+    def sample(self, obs: Tensor, noise: Tensor) -> Tensor:
+        """Actions [N, ...] in the env's units; a Gaussian's may lie out of bounds, the env clips them."""
+        action = self.policy(obs).sample(noise)
+        return torch.addcmul(self.center, action, self.radius) if self.affine else action
+
+    def mode(self, obs: Tensor) -> Tensor:
+        """The most likely actions [N, ...] in the env's units, within its bounds."""
+        action = self.policy(obs).mode()
+        if self.distribution == "discrete":
+            return action
+        return (self.center + action * self.radius).clamp(self.low, self.high)
+
+    def to_policy_units(self, action: Tensor) -> Tensor:
+        """Actions [N, ...] of a rollout as `policy(obs).log_prob` takes them."""
+        return (action - self.center) / self.radius if self.affine else action
+
+
+@torch.no_grad()
+def initialise(net: ActorCritic, config: NetworkConfig) -> None:
+    """Fill the weights as `config.init` says, with torch's global generator; biases are zero."""
+    for layer in net.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            if config.init == "xavier":
+                nn.init.xavier_uniform_(layer.weight)
+            else:
+                gain = {net.policy_head: config.policy_gain, net.value_head: config.value_gain}
+                nn.init.orthogonal_(layer.weight, gain.get(layer, math.sqrt(2.0)))  # type: ignore[call-overload]
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+
+
+class RunningNorm(nn.Module):
+    """(x - mean) / std clipped to [-clip, clip], with statistics of everything `update` has seen, in float64.
+
+    x is [..., *shape], any leading dimensions. Batches are merged by Chan et al. 1979, equation 2.1. Until the first
+    `update` it is the identity. The float32 scale and shift that `forward` uses are derived in `refresh`.
+    """
+
+    mean: Tensor
+    var: Tensor
+    count: Tensor
+
+    def __init__(self, shape: tuple[int, ...], clip: float | None = 10.0, eps: float = 1e-8) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.clip, self.eps = clip, eps
+        self.register_buffer("scale", torch.ones(shape), persistent=False)
+        self.register_buffer("shift", torch.zeros(shape), persistent=False)
+        self.register_load_state_dict_post_hook(lambda module, _: module.refresh())
+
+    scale: Tensor
+    shift: Tensor
+
+    @torch.no_grad()
+    def update(self, x: Tensor) -> None:
+        """Merge the batch x [..., *shape]."""
+        x = x.reshape(-1, *self.mean.shape).double()
+        var, mean = torch.var_mean(x, 0, unbiased=False)
+        self.merge(mean, var, float(len(x)))
+
+    def merge(self, mean: Tensor, var: Tensor, count: float) -> None:
+        """Merge a batch of `count` rows given by its mean and (biased) variance."""
+        total = self.count + count
+        delta = mean - self.mean
+        m2 = self.var * self.count + var * count + delta.square() * (self.count * count / total)
+        self.mean += delta * (count / total)
+        self.var.copy_(m2 / total)
+        self.count.copy_(total)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Derive `scale` and `shift` from the statistics."""
+        scale = (self.var + self.eps).rsqrt()
+        self.scale.copy_(scale)
+        self.shift.copy_(-self.mean * scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.addcmul(self.shift, x, self.scale)
+        return x if self.clip is None else x.clamp(-self.clip, self.clip)
+
+    def denormalise(self, x: Tensor) -> Tensor:
+        """The inverse of an unclipped forward: x * std + mean."""
+        return (x - self.shift) / self.scale
+
+
+class RewardScaler(nn.Module):
+    """Rewards divided by the running standard deviation of the discounted return, without shifting them.
+
+    R <- gamma * R + r, reset at the episode's end; r / std(R). Engstrom et al. 2020 (arXiv 2005.12729), section 3,
+    option 2 and algorithm 2. The statistics of a rollout are merged before it is scaled.
+    """
+
+    carry: Tensor
+
+    def __init__(self, num_envs: int, gamma: float) -> None:
+        super().__init__()
+        self.returns = RunningNorm((), clip=None)
+        self.gamma = gamma
+        self.register_buffer("carry", torch.zeros(num_envs, dtype=torch.float64))  # gamma * R, 0 after an end
+
+    @torch.no_grad()
+    def forward(self, reward: Tensor, done: Tensor) -> Tensor:
+        """reward [T, B] float32, done [T, B] bool -> scaled reward [T, B]."""
+        keep = self.gamma * (~done).double()
+        x = reward.double()
+        x[0] += self.carry
+        decay = torch.cat([torch.zeros_like(keep[:1]), keep[:-1]])
+        running = discounted_sum(x.flip(0), decay.flip(0)).flip(0)
+        self.carry.copy_(running[-1] * keep[-1])
+        self.returns.update(running)
+        return reward * self.returns.scale

@@ -1,0 +1,74 @@
+"""What a run says about itself: the metrics and episodes since the last row, and over the last hundred episodes."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from pgrl.envs import Episode
+
+WINDOW = 100  # episodes
+FOLD = 1024  # updates kept one by one, so that memory stays bounded however rarely a row is written
+
+
+class Record:
+    """Gathers metrics of updates and finished episodes, and gives their means as a row."""
+
+    def __init__(self) -> None:
+        self._pending: list[Mapping[str, Tensor | float]] = []
+        self._sums: dict[str, float] = {}
+        self._count = 0
+        self._sum_return, self._sum_length, self._ended = 0.0, 0, 0
+        self.recent: deque[float] = deque(maxlen=WINDOW)
+
+    def add(self, metrics: Mapping[str, Tensor], episodes: Sequence[Episode]) -> None:
+        """One update's metrics, and the episodes that ended before it."""
+        self._pending.append(metrics)
+        if len(self._pending) == FOLD:
+            self._fold()
+        for episode in episodes:
+            self._sum_return += episode.env_return
+            self._sum_length += episode.length
+            self._ended += 1
+            self.recent.append(episode.env_return)
+
+    def row(self) -> dict[str, float]:
+        """Means since the last row (the last value of `charts/*`), and of the last WINDOW episodes."""
+        last = {k: float(v) for k, v in self._pending[-1].items()} if self._pending else {}
+        self._fold()
+        row = {}
+        if self._ended:
+            row["charts/episodic_return"] = self._sum_return / self._ended
+            row["charts/episodic_length"] = self._sum_length / self._ended
+        if self.recent:
+            row["charts/episodic_return_100"] = math.fsum(self.recent) / len(self.recent)
+        for name, total in self._sums.items():
+            row[name] = last[name] if name.startswith("charts/") and last else total / self._count
+        self._sums, self._count = {}, 0
+        self._sum_return, self._sum_length, self._ended = 0.0, 0, 0
+        return row
+
+    def _fold(self) -> None:
+        for name in self._pending[0] if self._pending else ():
+            values = [float(metrics[name]) for metrics in self._pending]
+            self._sums[name] = math.fsum([self._sums.get(name, 0.0), *values])
+        self._count += len(self._pending)
+        self._pending = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "pending": [{k: float(v) for k, v in metrics.items()} for metrics in self._pending],
+            "sums": dict(self._sums),
+            "count": self._count,
+            "episodes": [self._sum_return, self._sum_length, self._ended],
+            "recent": list(self.recent),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._pending, self._sums, self._count = list(state["pending"]), dict(state["sums"]), state["count"]
+        self._sum_return, self._sum_length, self._ended = state["episodes"]
+        self.recent = deque(state["recent"], maxlen=WINDOW)

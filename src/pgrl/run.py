@@ -1,0 +1,201 @@
+"""A run around its loop: its parts and their snapshots, its status, and what it says at start and end."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import random
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pgrl import checkpoint
+from pgrl.agents import AGENTS, Agent, Setting
+from pgrl.config import RunConfig
+from pgrl.envs import VecEnv, make_vec
+from pgrl.logger import log_to
+from pgrl.record import Record
+
+
+@dataclass
+class Position:
+    """How far a run is, and its best evaluation so far."""
+
+    iteration: int = 0
+    step: int = 0  # env steps over all envs
+    seconds: float = 0.0  # spent in training, by this process and earlier ones
+    best_step: int = -1
+    best_return: float = -math.inf
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+
+class GlobalRandom:
+    """The process-wide generators; pgrl draws from them only to initialise networks, but an env might."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"torch": torch.get_rng_state(), "numpy": np.random.get_state()[1:], "python": random.getstate()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        torch.set_rng_state(state["torch"])
+        np.random.set_state(("MT19937", *state["numpy"]))
+        version, words, gauss = state["python"]
+        random.setstate((version, tuple(words), gauss))
+
+
+class Snapshot(NamedTuple):
+    """Everything an exact resume needs, as it was at the boundary of two iterations."""
+
+    step: int
+    best_step: int
+    state: dict[str, Any]
+    time: float  # of the monotonic clock, seconds
+
+
+@dataclass
+class Run:
+    """The parts of a run that change while it goes on; what has no part here is not saved."""
+
+    agent: Agent
+    env: VecEnv
+    position: Position = field(default_factory=Position)
+    record: Record = field(default_factory=Record)
+    random: GlobalRandom = field(default_factory=GlobalRandom)
+
+    def snapshot(self) -> Snapshot:
+        """A copy of the state; only between two iterations, when all finished episodes have been recorded."""
+        state = {name: detached(part.state_dict()) for name, part in vars(self).items()}
+        return Snapshot(self.position.step, self.position.best_step, state, time.perf_counter())
+
+    def restore(self, state: dict[str, Any]) -> None:
+        for name, part in vars(self).items():
+            part.load_state_dict(state[name])
+
+
+def detached(tree: Any) -> Any:
+    """A copy of a tree of dicts whose tensors share no memory with it."""
+    if isinstance(tree, Tensor):
+        return tree.detach().clone()
+    return {k: detached(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
+
+
+def make_agent(config: RunConfig, env: VecEnv) -> Agent:
+    """The agent of a run with fresh weights; UserError where it and the env do not fit together."""
+    setting = Setting(
+        obs_space=env.obs_space,
+        action_space=env.action_space,
+        num_envs=config.num_envs,
+        total_timesteps=config.total_timesteps,
+        seed=config.seed,
+        device=torch.device(config.device),
+        compiled=config.compile,
+    )
+    return AGENTS[type(config.algo)](config.algo, setting)
+
+
+def build(config: RunConfig) -> Run:
+    """The agent and the envs of a run, before their first step, with every global generator seeded."""
+    torch.manual_seed(config.seed)
+    np.random.seed(config.seed % 2**32)
+    random.seed(config.seed)
+    torch.set_num_threads(choose_threads(config))
+    env = make_vec(config.env, config.num_envs, config.seed)
+    return Run(make_agent(config, env), env)
+
+
+def choose_threads(config: RunConfig) -> int:
+    """One thread where the matrices are small, for more only wait for each other; all cores otherwise."""
+    if config.threads is not None:
+        return config.threads
+    network = config.algo.network
+    small = network.body != "cnn" and max([*network.hidden_sizes, *(network.value_hidden_sizes or [])]) <= 128
+    return 1 if small else os.cpu_count() or 1
+
+
+class Warnings(logging.Handler):
+    """Shows each warning of a run once, Python's among them, and counts them for its last words."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: dict[str, int] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage().strip()
+        if message not in self.messages:
+            print(f"warning: {message}", file=sys.stderr, flush=True)
+        self.messages[message] = self.messages.get(message, 0) + 1
+
+
+@contextmanager
+def gathered_warnings(run_dir: Path) -> Iterator[Warnings]:
+    """Send the log to the run's train.log, and the warnings of pgrl, Python and libraries through `Warnings` too."""
+    to_file, warnings = log_to(run_dir), Warnings()
+    loggers = [logging.getLogger("pgrl"), logging.getLogger("py.warnings")]
+    logging.captureWarnings(True)
+    loggers[0].addHandler(warnings)
+    loggers[1].handlers = [to_file, warnings]
+    try:
+        yield warnings
+    finally:
+        logging.captureWarnings(False)
+        loggers[0].removeHandler(warnings)
+        loggers[1].handlers = []
+
+
+def write_status(run_dir: Path, state: str, config: RunConfig, run: Run) -> None:
+    """Replace status.json: running, done, stopped or failed, and how far the run is."""
+    position = run.position
+    status = {
+        "state": state,
+        "step": position.step,
+        "total_timesteps": config.total_timesteps,
+        "seconds": round(position.seconds, 3),
+        "sps": round(position.step / position.seconds, 1) if position.seconds else None,
+        "return_100": float(np.mean(run.record.recent)) if run.record.recent else None,
+        "best_step": position.best_step if position.best_step >= 0 else None,
+    }
+    try:
+        checkpoint.write_text(run_dir / "status.json", json.dumps(status, indent=2) + "\n")
+    except OSError as error:
+        logging.getLogger("pgrl").warning("status.json not written: %s", error)
+
+
+def headline(config: RunConfig, run: Run, run_dir: Path) -> str:
+    """One line that says what runs."""
+    threads = torch.get_num_threads()
+    return (
+        f"{run.agent.name} on {config.env.id} | {config.device}, {threads} thread{'s' * (threads > 1)}"
+        f"{', compiled' * config.compile} | seed {config.seed} | {config.total_timesteps:,} steps, "
+        f"{config.num_envs} env{'s' * (config.num_envs > 1)} | {run_dir}"
+    )
+
+
+def last_words(run_dir: Path, run: Run, warnings: Warnings) -> str:
+    """What came out, what went wrong, and what to do next."""
+    position, recent = run.position, run.record.recent
+    achieved = f"mean return of the last {len(recent)} episodes {np.mean(recent):,.1f}" if recent else "no episode ended"
+    speed = position.step / max(position.seconds, 1e-9)
+    lines = [
+        "",
+        f"{position.step:,} steps in {position.seconds:,.1f} s ({speed:,.0f} steps/s): {achieved}",
+        f"warnings met: {sum(warnings.messages.values()) or 'none'}",
+        *(f"  {count} x {message.splitlines()[0]}" for message, count in list(warnings.messages.items())[:5]),
+        "next:",
+        f"  python -m pgrl.evaluate run={run_dir}",
+        "  tensorboard --logdir runs",
+    ]
+    return "\n".join(lines)

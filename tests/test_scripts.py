@@ -1,0 +1,356 @@
+"""The benchmark runner's resuming with a fake trainer, the statistics against brute force, and the tables."""
+
+import importlib
+import itertools
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pgrl.checkpoint import lock
+from pgrl.errors import UserError
+from pgrl.evaluate import bootstrap_interval, iqm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+benchmark: Any = importlib.import_module("benchmark")
+bench_peers: Any = importlib.import_module("bench_peers")
+plot_curves: Any = importlib.import_module("plot_curves")
+
+FAKE = """
+import json, os, pathlib, signal, sys, time
+options = dict(argument.split("=", 1) for argument in sys.argv[1:])
+here = pathlib.Path(__file__).parent
+with open(here / "calls.txt", "a") as calls:
+    calls.write(" ".join(sys.argv[1:]) + "\\n")
+if "run" in options:
+    run = pathlib.Path(options["run"])
+    (run / "evaluation.json").write_text(json.dumps({"return_mean": 90.0, "return_std": 1.0}))
+    sys.exit(0)
+run = pathlib.Path(options.get("resume") or options["run_dir"])
+run.mkdir(parents=True, exist_ok="resume" in options)
+mode = (here / "mode.txt").read_text()
+def end(state, code):
+    (run / "checkpoints" / "step_000000000050").mkdir(parents=True, exist_ok=True)
+    (run / "status.json").write_text(json.dumps({"state": state, "step": 50}))
+    os._exit(code)
+signal.signal(signal.SIGTERM, lambda *_: end("stopped", 143))
+signal.signal(signal.SIGINT, lambda *_: end("stopped", 130))
+with open(run / "metrics.jsonl", "a") as file:
+    for step in (50, 100):
+        file.write(json.dumps({"step": step, "time": step / 10, "charts/episodic_return": float(step),
+                               "charts/episodic_return_100": float(step)}) + "\\n")
+if mode == "wait":
+    (here / f"ready_{options['seed']}").touch()
+    time.sleep(60)
+end("failed", 1) if mode == "fail" else end("done", 0)
+"""
+
+
+class Bench:
+    """The benchmark script with a fake trainer in a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "fake.py").write_text(FAKE)
+        self.mode("done")
+
+    def mode(self, mode: str) -> None:
+        (self.folder / "mode.txt").write_text(mode)
+
+    def __call__(self, *arguments: str) -> int:
+        code: int = benchmark.main(
+            [
+                *arguments,
+                "--runs",
+                str(self.runs),
+                "--results",
+                str(self.folder / "results"),
+                "--pictures",
+                str(self.folder / "pictures"),
+            ]
+        )
+        return code
+
+    @property
+    def runs(self) -> Path:
+        return self.folder / "runs"
+
+    def calls(self) -> list[str]:
+        """The children started since the last look, sorted."""
+        path = self.folder / "calls.txt"
+        lines = sorted(path.read_text().splitlines()) if path.exists() else []
+        path.unlink(missing_ok=True)
+        return lines
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+    command = [sys.executable, "-I", "-S", str(tmp_path / "fake.py")]
+    monkeypatch.setattr(benchmark, "TRAIN", command)
+    monkeypatch.setattr(benchmark, "EVALUATE", command)
+    monkeypatch.setattr(benchmark, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(benchmark, "plot_suite", lambda *_: None)
+    monkeypatch.setattr(benchmark, "plot_grid", lambda *_: None)
+    monkeypatch.setattr(benchmark, "provenance", lambda: {"version": "0", "commit": "abc", "machine": "one"})
+    yield Bench(tmp_path)
+
+
+def test_done_runs_are_evaluated_once_and_then_left_alone(bench: Bench) -> None:
+    assert bench("ppo-hopper", "--seeds", "3") == 0
+    calls = bench.calls()
+    assert len(calls) == 6 and sum(call.startswith("run=") for call in calls) == 3
+    assert calls[0] == (
+        "algo=ppo env=Hopper-v4 total_timesteps=1000000 seed=1 threads=1 "
+        f"run_dir={bench.runs / 'ppo-hopper' / 'seed_1'}"
+    )
+    rows = benchmark.read_csv(bench.folder / "results" / "ppo-hopper.csv")
+    assert [row["seed"] for row in rows] == ["1", "2", "3"]
+    assert rows[0] | {"seed": ""} == {
+        "suite": "ppo-hopper",
+        "algo": "ppo",
+        "env": "Hopper-v4",
+        "seed": "",
+        "steps": "100",
+        "eval_mean": "90.00",
+        "eval_std": "1.00",
+        "train_return_100": "100.00",
+        "sps": "10",
+        "seconds": "10.0",
+        "version": "0",
+        "commit": "abc",
+        "machine": "one",
+    }
+    assert bench("ppo-hopper", "--seeds", "4") == 0
+    assert len(bench.calls()) == 2  # seed 4: trained and evaluated
+    assert bench("--report") == 0
+    assert bench.calls() == []
+    assert "| ppo-hopper | Hopper-v4 | 1,000,000 | 4 |" in (bench.folder / "results" / "table.md").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_reaches_the_children_and_the_next_call_resumes(bench: Bench, number: signal.Signals) -> None:
+    bench.mode("wait")
+
+    def interrupt() -> None:
+        until = time.monotonic() + 20
+        while time.monotonic() < until and not all((bench.folder / f"ready_{seed}").exists() for seed in (1, 2)):
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    handler = signal.getsignal(number)
+    assert bench("ppo-hopper", "--seeds", "3", "--jobs", "2") == 128 + number
+    thread.join()
+    assert signal.getsignal(number) is handler
+    assert len(bench.calls()) == 2  # the third was not started
+    folder = bench.runs / "ppo-hopper"
+    assert [json.loads((folder / f"seed_{seed}" / "status.json").read_text())["state"] for seed in (1, 2)] == [
+        "stopped"
+    ] * 2
+
+    bench.mode("done")
+    assert bench("ppo-hopper", "--seeds", "3") == 0
+    resumed = [call for call in bench.calls() if call.startswith("resume=")]
+    assert resumed == [f"resume={folder / 'seed_1'}", f"resume={folder / 'seed_2'}"]
+
+
+def test_failed_runs_are_reported_and_continued_only_on_demand(
+    bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench.mode("fail")
+    assert bench("a2c-cartpole", "--seeds", "1") == 1
+    assert "a2c-cartpole seed 1: failed" in capsys.readouterr().out
+    bench.mode("done")
+    bench.calls()
+    assert bench("a2c-cartpole", "--seeds", "1") == 1
+    assert bench.calls() == []
+    assert bench("a2c-cartpole", "--seeds", "1", "--retry") == 0
+    assert [call.partition("=")[0] for call in bench.calls()] == ["resume", "run"]
+
+
+def test_a_run_without_a_checkpoint_starts_afresh_unless_someone_works_on_it(bench: Bench) -> None:
+    run_dir = bench.runs / "a2c-cartpole" / "seed_1"
+    run_dir.mkdir(parents=True)
+    (run_dir / "status.json").write_text('{"state": "running", "step": 0}')
+    with lock(run_dir):
+        assert bench("a2c-cartpole", "--seeds", "1") == 1
+    assert bench.calls() == [] and (run_dir / "status.json").exists()
+    assert bench("a2c-cartpole", "--seeds", "1") == 0
+    assert [call.partition("=")[0] for call in bench.calls()] == ["algo", "run"]
+
+
+def test_trials_are_kept_apart_and_configurations_are_not_mixed(bench: Bench) -> None:
+    trial = ("ppo-hopper", "--seeds", "1", "--name", "quick")
+    assert bench(*trial, "--extra", "algo.learning_rate=1e-3", "--extra", "num_envs=8") == 0
+    assert bench.calls()[0].endswith("algo.learning_rate=1e-3 num_envs=8")
+    assert (bench.folder / "results" / "trials" / "quick.csv").exists()
+    assert not (bench.folder / "results" / "table.md").exists()
+    assert bench(*trial, "--extra", "algo.learning_rate=2e-3") == 2
+    for wrong in (
+        ["nonsense"],
+        ["--extra", "a=1"],
+        ["ppo-hopper", "--name", "x"],
+        ["ppo-*", "--extra", "a=1", "--name", "x"],
+    ):
+        assert bench(*wrong) == 2
+    assert bench.calls() == []
+    with pytest.raises(UserError, match="ppo-cartpole"):
+        benchmark.choose(["nonsense"], [], None)
+    assert len(benchmark.choose(["a2c-*", "ppo-hopper"], [], None)) == 3
+
+
+def test_the_last_row_survives_a_torn_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert benchmark.last_row(path) == {}
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "ti')
+    assert benchmark.last_row(path) == {"step": 2}
+    assert benchmark.last_row(path, tail=20) == {}  # no whole row in the tail
+
+
+def test_the_target_is_for_the_mean_or_for_the_worst_seed() -> None:
+    rows = [{"eval_mean": f"{score}", "train_return_100": "400", "sps": "10"} for score in (500, 500, 400, 500)]
+    suite = benchmark.Suite("x", "ppo", "CartPole-v1", 100, target=450, reference=1, source="y")
+    assert "| 475.0 ± 43.3 |" in benchmark.table_line(suite, rows) and "| yes |" in benchmark.table_line(suite, rows)
+    assert "| **no** |" in benchmark.table_line(benchmark.replace(suite, every_seed=True), rows)
+
+
+# ------------------------------------------------------------------------------------------------- statistics
+
+
+def test_iqm_is_the_mean_of_the_middle_half() -> None:
+    random = np.random.default_rng(0)
+    for n in range(1, 21):
+        x = random.normal(size=n)
+        assert iqm(x.tolist()) == pytest.approx(np.mean(np.sort(np.repeat(x, 4))[n : 3 * n]))
+
+
+@pytest.mark.parametrize("statistic", [iqm, lambda x: float(np.mean(x))], ids=["iqm", "mean"])
+def test_the_bootstrap_interval_is_that_of_all_resamples(statistic: Callable[[Any], float]) -> None:
+    x = [0.0, 1.0, 3.0, 7.0]
+    every = np.array([statistic(list(sample)) for sample in itertools.product(x, repeat=4)])
+    low, high = bootstrap_interval(x, statistic)
+    for bound, quantile in ((low, 0.025), (high, 0.975)):
+        assert np.mean(every < bound - 1e-9) <= quantile + 0.015
+        assert np.mean(every <= bound + 1e-9) >= quantile - 0.015
+
+
+def test_the_band_is_the_bootstrap_interval_at_every_point() -> None:
+    curves = np.random.default_rng(1).normal(size=(3, 5))
+    low, high = plot_curves.bootstrap_band(curves, n=20_000)
+    every = np.array([curves[list(chosen)].mean(axis=0) for chosen in itertools.product(range(3), repeat=3)])
+    for bound, quantile in ((low, 0.025), (high, 0.975)):
+        assert (np.mean(every < bound - 1e-9, axis=0) <= quantile + 0.01).all()
+        assert (np.mean(every <= bound + 1e-9, axis=0) >= quantile - 0.01).all()
+
+
+def test_binned_returns_are_the_means_in_each_bin() -> None:
+    random = np.random.default_rng(2)
+    steps = np.sort(random.choice(np.arange(201, 1001), 400, replace=False))  # the first episode ends after bin 2 of 10
+    rows: list[dict[str, Any]] = [{"step": int(step), "charts/episodic_return": float(step) ** 2} for step in steps]
+    rows += [{"step": 150, "charts/SPS": 1.0}, {"step": 160, "charts/episodic_return": "nan"}]
+    binned = plot_curves.bin_returns(rows, total=1000, bins=10)
+    assert np.isnan(binned[:2]).all()
+    for i in range(2, 10):
+        inside = [float(step) ** 2 for step in steps if 100 * i < step <= 100 * (i + 1)]
+        assert binned[i] == pytest.approx(np.mean(inside))
+    gap = plot_curves.bin_returns(
+        [{"step": 100, "charts/episodic_return": 0.0}, {"step": 305, "charts/episodic_return": 3.0}],
+        total=400,
+        bins=4,
+    )
+    assert gap == pytest.approx([0, 1, 2, 3])
+    assert np.isnan(plot_curves.bin_returns([], total=400, bins=4)).all()
+
+
+# ------------------------------------------------------------------------------------------------------ peers
+
+
+def measurement(sps: float, gradient_steps: float = 8) -> dict[str, float]:
+    return {
+        "iterations": 4,
+        "env_steps": 400,
+        "gradient_steps": gradient_steps,
+        "sps": sps,
+        "steps_per_cpu_second": sps,
+        "return": 100,
+        "memory_mb": 300,
+    }
+
+
+def test_pairs_alternate_and_unequal_work_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ["".join(side[1] for side in pair) for pair in bench_peers.order(4)] == ["ge", "eg", "ge", "eg"]
+    seen: list[str] = []
+
+    def child(side: str, workload: Any, seed: int, threads: int) -> dict[str, float]:
+        seen.append(side)
+        return measurement(300 if side == "pgrl" else 100)
+
+    monkeypatch.setattr(bench_peers, "child", child)
+    pairs = bench_peers.compare(bench_peers.WORKLOADS[0], 2, 1)
+    assert seen == ["pgrl", "peer", "peer", "pgrl"]
+    assert bench_peers.summary(pairs)["ratio"] == 3 and bench_peers.summary(pairs)["interval"] == (3, 3)
+    monkeypatch.setattr(bench_peers, "child", lambda side, *_: measurement(1, 8 if side == "pgrl" else 9))
+    with pytest.raises(RuntimeError, match="gradient_steps"):
+        bench_peers.compare(bench_peers.WORKLOADS[0], 1, 1)
+
+
+def test_the_first_two_iterations_are_dropped() -> None:
+    stamps = bench_peers.Stamps()
+    stamps.rows = [(100, 2, 50.0, 50.0), (200, 4, 60.0, 55.0), (300, 6, 61.0, 56.0), (400, 8, 62.0, 57.5)]
+    result = stamps.result(1.0)
+    assert result["sps"] == pytest.approx(100) and result["steps_per_cpu_second"] == pytest.approx(80)
+    assert (result["iterations"], result["env_steps"], result["gradient_steps"]) == (4, 400, 8)
+    assert 1 < result["memory_mb"] < 100_000
+
+
+def test_an_agents_update_is_stamped_with_the_steps_of_its_rollout() -> None:
+    class Rollout:
+        reward = torch.zeros(5, 8)
+
+    stamps = bench_peers.Stamps()
+    counts = itertools.count(16, 16)
+    update = bench_peers.stamped(lambda *_, **__: {"charts/updates": torch.tensor(next(counts))}, stamps)
+    update(None, Rollout(), 0.5)
+    assert update(None, Rollout(), progress=0.6) == {"charts/updates": 32}
+    assert [(row[0], int(row[1])) for row in stamps.rows] == [(40, 16), (80, 32)]
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("workload", bench_peers.WORKLOADS, ids=lambda workload: workload.name)
+def test_both_sides_of_every_workload_do_equal_work(workload: Any) -> None:
+    small = bench_peers.replace(workload, iterations=4)
+    [pair] = bench_peers.compare(small, 1, 1)
+    assert pair["pgrl"]["env_steps"] == small.total_timesteps
+    assert pair["pgrl"]["sps"] > 0 and pair["pgrl"]["memory_mb"] < 500
+
+
+def test_tables_and_pictures_of_what_was_measured(tmp_path: Path) -> None:
+    names = [workload.name for workload in bench_peers.WORKLOADS[:2]]
+    pairs = [{"pgrl": measurement(3000 + i), "peer": measurement(1000)} for i in range(5)]
+    results = {
+        "workloads": dict.fromkeys(names, pairs),
+        "starts": [3.0, 2.0, 2.5],
+        "machine": {"cpu": "2 x X"},
+    }
+    text = bench_peers.table(results)
+    assert "| 3,002 / 1,000 | **3.00** [3.00, 3.00] | 3 |" in text and "3.0 s to its first env step" in text
+    pytest.importorskip("matplotlib")
+    bench_peers.plot(results, tmp_path / "peers.png")
+    steps = np.linspace(1, 100, 20)
+    returns = np.vstack([np.log(steps), np.sqrt(steps)])
+    returns[:, :2] = math.nan
+    curves = plot_curves.Curves("PPO", steps, returns, np.array([5.0, 9.0]), 8.0)
+    plot_curves.plot_suite(curves, tmp_path / "suite.png")
+    plot_curves.plot_grid([curves, curves, curves], tmp_path / "grid.png", columns=2)
+    assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in ("peers", "suite", "grid"))
