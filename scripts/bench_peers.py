@@ -352,9 +352,11 @@ def processor() -> str:
 
 def machine() -> dict[str, str]:
     """The machine and versions that the figures hold for."""
-    packages = ("pgrl", "torch", "gymnasium", "mujoco", "stable-baselines3")
+    from pgrl import __version__
+
+    packages = ("torch", "gymnasium", "mujoco", "stable-baselines3")
     versions = {package: version(package) for package in packages}
-    return {"cpu": processor(), "python": platform.python_version(), **versions}
+    return {"cpu": processor(), "python": platform.python_version(), "pgrl": __version__, **versions}
 
 
 def find(name: str) -> Workload:

@@ -22,7 +22,6 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -32,6 +31,7 @@ from rich.live import Live
 from rich.text import Text
 
 from bench_peers import processor
+from pgrl import __version__
 from pgrl.checkpoint import lock
 from pgrl.errors import UserError
 from pgrl.evaluate import bootstrap_interval, iqm
@@ -210,7 +210,7 @@ def run_jobs(jobs: Sequence[Job], parallel: int, retry: bool) -> int:
 def provenance() -> dict[str, str]:
     """What a result depends on besides its config: pgrl's version, the commit, the processor."""
     git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    return {"version": version("pgrl"), "commit": git.stdout.strip(), "machine": processor()}
+    return {"version": __version__, "commit": git.stdout.strip(), "machine": processor()}
 
 
 # --------------------------------------------------------------------------------------------------- progress

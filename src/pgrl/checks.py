@@ -29,6 +29,14 @@ class Problem(NamedTuple):
     command: str | None = None  # what to do where no other words help
 
 
+class Wrong(Exception):
+    """Problems of a command, not yet told to the user."""
+
+    def __init__(self, *problems: Problem) -> None:
+        super().__init__(*problems)
+        self.problems = problems
+
+
 class Rule(NamedTuple):
     """What a value must be; null is left to the type."""
 
@@ -120,13 +128,15 @@ def wrong_together(config: RunConfig) -> Iterator[Problem]:
         why = f"is less than one rollout of {size}"
         yield Problem("total_timesteps", config.total_timesteps, why, (f"total_timesteps={rollout}",))
     if algo.get("clip_coef", 0.0) is None:
-        for key in ("clip_coef_high", "dual_clip", "anneal_clip"):
-            if algo[key]:
-                yield Problem(f"algo.{key}", algo[key], "does nothing where algo.clip_coef=null switches clipping off")
+        for key in ("clip_coef_high", "dual_clip"):
+            if algo[key] is not None:
+                why = "does nothing where algo.clip_coef=null switches clipping off"
+                yield Problem(f"algo.{key}", algo[key], why, (f"algo.{key}=null",))
     network = algo.get("network")
     if network is not None and network.shared and network.value_hidden_sizes is not None:
         why = "does nothing where algo.network.shared=true gives both networks one body"
-        yield Problem("algo.network.value_hidden_sizes", network.value_hidden_sizes, why)
+        key = "algo.network.value_hidden_sizes"
+        yield Problem(key, network.value_hidden_sizes, why, (f"{key}=null",))
 
 
 def wrong_env(env_id: str) -> Iterator[Problem]:
@@ -138,10 +148,12 @@ def wrong_env(env_id: str) -> Iterator[Problem]:
     try:
         missing = env_ids.missing_package(env_id)
     except (gymnasium.error.Error, ImportError, ValueError) as error:
-        why, near = str(error).splitlines()[0].rstrip("."), env_ids.near_ids(env_id)
-        if near:
-            why += f". Did you mean {' or '.join(near)}?"
-        yield Problem("env", env_id, f"{why} (python -m pgrl.train --envs lists all)", (f"env={[*near, 'CartPole-v1'][0]}",))
+        why, near = "there is no such environment", env_ids.near_ids(env_id)
+        if isinstance(error, ImportError):
+            why = f"its package cannot be imported: {error}"
+        elif near:
+            why += f"; did you mean {' or '.join(near)}"
+        yield Problem("env", env_id, f"{why} (--envs lists all)", (f"env={[*near, 'CartPole-v1'][0]}",))
         return
     if missing is not None:
         module, package = missing

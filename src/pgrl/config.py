@@ -1,219 +1,304 @@
-"""The configuration of a run: the command line, the YAML files, and the checks, up to a typed RunConfig.
+"""The configuration of a run: from the command line, or from a run's folder, to a checked RunConfig.
 
-Hydra composes it in this order: schema < algo < env < tuned < experiment < network < command line. Nothing here
-imports torch before the configuration is found good, so that a wrong command is answered at once.
+Nothing here imports torch before the command is found good, so that a wrong one is answered at once.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import re
 import secrets
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
-from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.object_type import ObjectType
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from hydra.core.plugins import Plugins
-from hydra.errors import HydraException, OverrideParseException
-from hydra.plugins.config_source import ConfigResult, ConfigSource
-from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from pgrl import checks, schema
-from pgrl.checks import Problem, is_run, read_status, word
+from pgrl import checks, composition, env_ids, schema
+from pgrl.checks import Problem, Wrong, is_run, read_status
+from pgrl.composition import key_of, values_of
 from pgrl.errors import UserError
-from pgrl.schema import config_dir
+from pgrl.schema import EvaluateConfig, RunConfig, config_dir
 from pgrl.signals import Stop
 
-if TYPE_CHECKING:
-    from pgrl.envs.base import EnvConfig
-else:
-    EnvConfig = schema.EnvConfig
-
-__all__ = ["EvaluateConfig", "RunConfig", "compose", "config_dir", "evaluate_config", "load_run", "main"]
+__all__ = ["EvaluateConfig", "RunConfig", "compose", "config_dir", "evaluate_config", "load_run", "main", "new_run_dir"]
 
 TRAIN, EVALUATE = "python -m pgrl.train", "python -m pgrl.evaluate"
 HELP = f"""\
-{TRAIN} [algo=NAME] [env=ID] [key=value ...]     train
-{TRAIN} resume=RUN_DIR                           continue a stopped run
-{EVALUATE} run=RUN_DIR [episodes=20]       play without exploring
+{TRAIN} [algo=NAME] [env=ID] [key=value ...]      train
+{TRAIN} resume=RUN_DIR [total_timesteps=N]        continue a stopped run, or make one longer
+{EVALUATE} run=RUN_DIR [episodes=20]           play without exploring
 
   {TRAIN} algo=ppo env=CartPole-v1
-  {TRAIN} algo=ppo env=HalfCheetah-v5 total_timesteps=2000000 seed=3 device=cuda
-  {TRAIN} env=Hopper-v4 experiment=engstrom_ppo
-  {TRAIN} env=my_package:MyEnv-v0 algo.learning_rate=1e-3 algo.network.hidden_sizes=[256,256]
+  {TRAIN} algo=ppo env=HalfCheetah-v5 total_timesteps=2000000 seed=3
+  {TRAIN} algo=ppo env=my_package:MyEnv-v0 algo.learning_rate=1e-3 algo.network.hidden_sizes=[256,256]
+  {TRAIN} experiment=engstrom_ppo env=Hopper-v4
   {TRAIN} -m algo=ppo,a2c env=CartPole-v1,Acrobot-v1 seed=1,2,3
 
-  algo={{algos}}
-  experiment={{experiments}}
-  network={{networks}}
-  env=               any registered Gymnasium id (--envs), or package:Id-v0
-  tuned=null         without the settings tuned for this algo and env; tuned=ALGO/ID: with those of another
-  total_timesteps=   env steps in all, over all envs          num_envs=       envs stepped together
-  seed=              fixes the whole run                      device=         cpu, cuda
-  threads=           torch's; null chooses                    compile=true    one compiled graph a gradient step
-  run_dir=           a new folder; null: runs/ALGO/ENV/...    tensorboard=    true, false
-  eval_every=        env steps between evaluations; null: off (then eval_episodes= each, and the best is kept)
-  save_every=        env steps between checkpoints            log_every=      env steps between rows
-  algo.*  env.*      what the algorithm and the env take: --cfg job prints every key with its value
+  algo=             %s
+  env=              any registered Gymnasium id (--envs lists them), or package:Id-v0
+  experiment=       %s
+  network=          %s
+  tuned=null        without the settings tuned for this algo and env; tuned=ALGO/ID: with another's
+  total_timesteps=  steps of all envs together          num_envs=     envs stepped together
+  seed=             fixes everything random             device=       cpu, cuda
+  run_dir=          a new folder (runs/ALGO/ENV/...)    tensorboard=  true, false
+  eval_every=       steps between evaluations           save_every=   steps between checkpoints
+  eval_episodes=    episodes of each                    log_every=    steps between rows of metrics
+  threads=          of torch; null chooses              compile=      true, false
+  algo.KEY= env.KEY=                                    --cfg job prints every key and its value
 
-  -m, --multirun     one run for each combination of the values given with commas
-  --cfg job          print the configuration, and do not run
-  --envs             list the registered envs
-  --version, --help
+  -m, --multirun    a run for each combination of values given with commas
+  --cfg job         print the configuration and leave
+  --envs            list the registered envs and leave
+  --help, --version
 """
-GROUPS = ("algo", "env", "tuned", "experiment", "network")
-RESUMABLE = ("resume", "total_timesteps", "save_every", "tensorboard", "device", "threads")
+EXAMPLE = ("algo=ppo", "env=CartPole-v1")
+KEPT = ("total_timesteps", "save_every", "tensorboard", "device", "threads")  # what resume= may change
 
 
-@dataclass
-class RunConfig:
-    """Top-level keys. Counts and periods are in env steps over all envs; `null` switches a period off."""
+class Parser(argparse.ArgumentParser):
+    """Option parsing whose errors are UserErrors."""
 
-    algo: Any = MISSING  # algo=ppo, a2c: the config of an agent
-    env: EnvConfig = field(default_factory=EnvConfig)
-    total_timesteps: int = 1_000_000
-    num_envs: int = 1
-    seed: int = 1
-    device: str = "cpu"  # cpu, cuda, cuda:<number>
-    threads: int | None = None  # torch's; null: 1 for small networks, all cores for large ones
-    compile: bool = False  # each gradient step as one compiled graph
-    run_dir: str | None = None  # null: runs/<algo>/<env>/<unique name>
-    resume: str | None = None  # the folder of a stopped run
-    eval_every: int | None = None  # evaluate without exploring, and keep the best checkpoint
-    eval_episodes: int = 10
-    save_every: int | None = 100_000
-    log_every: int | None = 1_000
-    tensorboard: bool = True
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}\nTry: {TRAIN} --help")
 
 
-@dataclass
-class EvaluateConfig:
-    """The keys of `python -m pgrl.evaluate`."""
-
-    run: str = MISSING  # the folder of a run
-    episodes: int = 20
-    seed: int = 0
-    checkpoint: str = "last"  # last, best (needs a run with eval_every), or a step
-
-
-class Wrong(Exception):
-    """Something is wrong with a command; it becomes a UserError once a command that works is found."""
-
-    def __init__(self, *problems: Problem) -> None:
-        super().__init__(*problems)
-        self.problems = problems
+def main(argv: list[str] | None, job: Callable[[RunConfig], object]) -> None:
+    """Do what the command line says, `job` for each run; leaves with exit code 2 after a user's mistake."""
+    try:
+        command(sys.argv[1:] if argv is None else argv, job)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+    except Stop as stop:
+        raise SystemExit(stop.exit_code) from None
 
 
-# ------------------------------------------------------------------------------------------------------- composition
+def command(argv: list[str], job: Callable[[RunConfig], object]) -> None:
+    """The command line, its errors raised."""
+    parser = Parser(prog=TRAIN, add_help=False, allow_abbrev=False)
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("--version", action="store_true")
+    parser.add_argument("--envs", action="store_true")
+    parser.add_argument("--cfg", choices=["job"])
+    parser.add_argument("-m", "--multirun", action="store_true")
+    options, words = parser.parse_known_args(argv)
+    if options.help:
+        print(HELP % tuple(", ".join(names(group)) for group in ("algo", "experiment", "network")), end="")
+    elif options.version:
+        print(f"pgrl {version('pgrl')}")
+    elif options.envs:
+        print("\n".join(env_ids.all_ids()))
+    elif options.cfg:
+        print(save_config(answer(words, checked, TRAIN)), end="")
+    elif options.multirun:
+        sweep(words, job)
+    else:
+        job(compose(words))
 
 
-class GymnasiumSource(ConfigSource):
-    """Answers `env/<id>` for any id, so that no env needs a YAML file; whether it exists is checked later."""
-
-    @staticmethod
-    def scheme() -> str:
-        return "gymnasium"
-
-    def available(self) -> bool:
-        return True
-
-    def is_group(self, config_path: str) -> bool:
-        return config_path.strip("/") == "env"
-
-    def is_config(self, config_path: str) -> bool:
-        return config_path.startswith("env/") and len(config_path) > len("env/")
-
-    def load_config(self, config_path: str) -> ConfigResult:
-        env_id = config_path.removeprefix("env/").removesuffix(".yaml")
-        return ConfigResult(self.provider, "gymnasium://", OmegaConf.create({"id": env_id}), {"package": "env"})
-
-    def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
-        return []
+def names(group: str) -> list[str]:
+    """The YAML files of a group, without those that only others use."""
+    return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
 
 
-@contextmanager
-def hydra_ready() -> Iterator[Any]:
-    """Hydra, knowing the schemas, the envs and the folder of the YAML files."""
-    Plugins.instance().register(GymnasiumSource)
-    store = ConfigStore.instance()
-    store.store(group="schema", name="run", node=RunConfig, package="_global_")
-    for name, cls in schema.ALGOS.items():
-        store.store(group="schema", name=name, node=cls, package="algo")
-    # Hopper-v4 and Hopper-v5 are one family
-    family = lambda env_id: re.sub(r"-v\d+$", "", env_id)  # noqa: E731
-    OmegaConf.register_new_resolver("family", family, replace=True)
-    with initialize_config_dir(str(config_dir()), version_base="1.3", job_name="train"):
-        yield GlobalHydra.instance().hydra
+def compose(words: Sequence[str]) -> RunConfig:
+    """The checked configuration of a command line; UserError tells all that is wrong, and a command that works."""
+    return schema.real(answer(words, checked, TRAIN))  # type: ignore[no-any-return]
 
 
-def key_of(text: str) -> str:
-    """The key that a word of the command line sets."""
-    key = text.lstrip("+~").partition("=")[0]
-    return "env" if key == "env.id" else key
-
-
-def parse(words: Sequence[str]) -> list[Override]:
-    """The words of a command line, each as Hydra understands it."""
-    found = []
-    for text in words:
+def answer(words: Sequence[str], build: Callable[[Sequence[str]], Any], program: str) -> Any:
+    """What `build` makes of the words; where it finds problems, they are put right until it finds none."""
+    lines: list[str] = []
+    mended, remedy = list(words), ""
+    for _ in range(10):
         try:
-            found.append(OverridesParser.create().parse_override(text))
-        except (OverrideParseException, HydraException) as error:
-            from pgrl import env_ids
-
-            keys = schema.keys(RunConfig, schema.ALGOS["ppo"])
-            why, use = f"cannot be read: {str(error).splitlines()[0]}", ()
-            if "=" not in text:
-                why = "is not of the form key=value"
-                if text in schema.ALGOS:
-                    use = (f"algo={text}",)
-                elif text in env_ids.all_ids():
-                    use = (f"env={text}",)
-                elif text in keys:
-                    use = (word(text, keys[text].default),)
-            raise Wrong(Problem(text, None, why, use)) from None
-    return found
-
-
-def for_hydra(overrides: Sequence[Override], multirun: bool = False) -> list[str]:
-    """Overrides in the form that Hydra takes: null and `env.id` work for groups, and + is never needed."""
-    words = []
-    for o in overrides:
-        text, key = str(o.input_line), key_of(str(o.input_line))
-        bare = f"{key}={text.partition('=')[2]}"
-        if key.startswith("hydra.") or key.startswith("hydra/"):
-            words.append(text)
-            continue
-        if o.is_sweep_override() and not multirun:
-            command = f"{TRAIN} -m {shlex.join(str(o.input_line) for o in overrides)}"
-            raise Wrong(Problem(key, text.partition("=")[2], "are several values: a sweep needs -m", command=command))
-        value = None if o.is_delete() or o.is_sweep_override() else o.value()
-        if key in GROUPS and value is None and not o.is_sweep_override():
-            if key in ("algo", "env"):
-                raise Wrong(Problem(key, "null", "needs a name", (f"{key}={ {'algo': 'ppo'}.get(key, 'CartPole-v1') }",)))
-            words += ["~tuned"] if key == "tuned" else []
-        elif o.is_delete():
-            raise Wrong(Problem(text, None, "cannot be removed; null switches off what can be off"))
-        elif key == "tuned" and not (config_dir() / "tuned" / f"{value}.yaml").is_file() and not multirun:
-            raise Wrong(Problem(key, value, "there are no tuned settings of this name", ("tuned=null",)))
-        elif key in GROUPS and not isinstance(value, dict):
-            words.append(bare if isinstance(value, str) or o.is_sweep_override() else f"{key}='{value}'")
+            result = build(mended)
+        except Wrong as wrong:
+            for p in wrong.problems:
+                # later rounds may meet problems that only the mending made
+                if not lines or any(key_of(text) == p.key or text == p.key for text in words):
+                    lines.append(f"{p.key}={p.value}: {p.why}." if p.value is not None else f"{p.key}: {p.why}.")
+                remedy = remedy or p.command or ""
+            mended = mend(mended, wrong.problems)
+            if remedy:
+                break
         else:
-            words.append(bare if o.is_sweep_override() else f"++{bare}")
+            if not lines:
+                return result
+            remedy = shlex.join([*program.split(), *(mended or EXAMPLE)])
+            break
+    raise UserError("\n".join([*dict.fromkeys(lines), *([f"Try: {remedy}"] if remedy else [])]))
+
+
+def mend(words: list[str], problems: Sequence[Problem]) -> list[str]:
+    """The words with those that are wrong replaced."""
+    for p in problems:
+        wrong = [i for i, text in enumerate(words) if p.key in (text, key_of(text))]
+        at = wrong[0] if wrong else len(words)
+        rest = [text for i, text in enumerate(words) if i not in wrong]
+        words = [*rest[:at], *p.use, *rest[at:]]
     return words
+
+
+def checked(words: Sequence[str]) -> RunConfig:
+    """The configuration of a command line, in the schema's own classes; Wrong says what is wrong."""
+    composed = composition.compose(words)
+    try:
+        config: RunConfig = OmegaConf.to_object(composed.config)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        raise composition.explain(error, values_of(words), composed.keys) from None
+    if config.resume is not None:
+        return resumed(config, values_of(words))
+    problems = checks.check(config, composed.keys)
+    if problems:
+        raise Wrong(*problems)
+    return config
+
+
+def resumed(config: RunConfig, given: dict[str, str]) -> RunConfig:
+    """The configuration of the run to continue, with the few changes that leave it the same run."""
+    folder = Path(str(config.resume))
+    if not is_run(folder):
+        why = "is not the folder of a run: it holds no config.yaml" if folder.is_dir() else "there is no such folder"
+        others = [p for p in [*folder.parents, *newest_runs()] if is_run(p) and read_status(p).get("state") != "done"]
+        raise Wrong(Problem("resume", folder, why, tuple(f"resume={p}" for p in others[:1])))
+    run = read_run(folder)
+    values = {"algo": schema.algo_name(run.algo), "env": run.env.id, **dict(schema.leaves(run))}
+    why = "cannot change, because a run continues as it was{}; without resume= a new run starts"
+    refused = [key for key in given if key not in KEPT and key != "resume" and not key.startswith("hydra")]
+    if refused:
+        had = [f" ({checks.word(key, values[key])})" if key in values else "" for key in refused]
+        raise Wrong(*(Problem(key, given[key], why.format(h)) for key, h in zip(refused, had, strict=True)))
+    total, status = run.total_timesteps, read_status(folder)
+    for key in KEPT:
+        if key in given:
+            setattr(run, key, getattr(config, key))
+    step, rollout = int(status.get("step", 0)), run.num_envs * vars(run.algo).get("num_steps", 1)
+    more = f"total_timesteps={2 * max(total, step)}"
+    if run.total_timesteps < step:
+        why = f"this run has taken {step:,} steps already"
+        raise Wrong(Problem("total_timesteps", run.total_timesteps, why, (more,)))
+    if status.get("state") == "done" and run.total_timesteps < step + rollout:
+        key, use = ("total_timesteps", (more,)) if "total_timesteps" in given else ("resume", (f"resume={folder}", more))
+        why = f"the run is done, with {step:,} of {total:,} steps; a larger total_timesteps makes it longer"
+        raise Wrong(Problem(key, given[key], why, use))
+    keys = schema.keys(RunConfig, type(run.algo))
+    problems = [*checks.wrong_values(run, keys), *checks.wrong_env(run.env.id), *checks.wrong_device(run.device)]
+    if problems:
+        raise Wrong(*problems)
+    run.resume = run.run_dir = str(folder)
+    return run
+
+
+def newest_runs() -> list[Path]:
+    """The folders under runs/, the newest first."""
+    found = [path.parent for path in Path("runs").glob("*/*/*/config.yaml")]
+    return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+def sweep(words: list[str], job: Callable[[RunConfig], object]) -> None:
+    """Run every combination, in turn or as a Hydra launcher does; all are checked before the first begins."""
+    if not any(text.startswith("hydra/sweeper=") for text in words):
+        all_words = answer(words, composition.jobs, f"{TRAIN} -m")
+        folders = [answer(one, checked, TRAIN).run_dir for one in all_words]
+        shared = [folder for folder in folders if folder is not None and folders.count(folder) > 1]
+        if shared:
+            raise UserError(
+                f"run_dir={shared[0]}: {len(shared)} runs would share this folder.\n"
+                f"Try: {shlex.join([*TRAIN.split(), '-m', *mend(words, [Problem('run_dir', None, '')])])}"
+            )
+
+    def run_one(_: object) -> None:
+        overrides = list(HydraConfig.get().overrides.task)
+        print(f"Run {HydraConfig.get().job.num + 1}: {' '.join(text.lstrip('+') for text in overrides)}", flush=True)
+        job(compose(overrides))
+
+    with composition.hydra_ready() as hydra:
+        overrides = composition.for_hydra(composition.parse(words), multirun=True)
+        hydra.multirun("train", run_one, [*overrides, "hydra.mode=MULTIRUN"])
+
+
+# -------------------------------------------------------------------------------------------------------- run folders
+
+
+def new_run_dir(config: RunConfig) -> Path:
+    """The folder of a new run: `run_dir`, or a name of its own under runs/<algo>/<env>."""
+    if config.run_dir is not None:
+        return Path(config.run_dir)
+    env = re.sub(r"[^\w.-]+", "_", config.env.id)
+    name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_seed{config.seed}_{secrets.token_hex(3)}"
+    return Path("runs", schema.algo_name(config.algo), env, name)
+
+
+def save_config(config: RunConfig) -> str:
+    """The YAML text of a whole configuration; `load_run` reads it."""
+    tree = asdict(config)
+    tree["algo"] = {"name": schema.algo_name(config.algo), **tree["algo"]}
+    return OmegaConf.to_yaml(OmegaConf.create(tree))
+
+
+def load_run(run_dir: Path) -> RunConfig:
+    """The configuration that a run was started with; UserError if `run_dir` is not the folder of a run."""
+    return schema.real(read_run(run_dir))  # type: ignore[no-any-return]
+
+
+def read_run(run_dir: Path) -> RunConfig:
+    """As `load_run`, in the schema's own classes, without importing torch."""
+    try:
+        tree: Any = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
+        algo = schema.ALGOS[tree["algo"].pop("name")]
+        config = OmegaConf.merge(OmegaConf.structured(RunConfig), {"algo": OmegaConf.structured(algo)}, tree)
+        return OmegaConf.to_object(config)  # type: ignore[return-value]
+    except (OSError, YAMLError, OmegaConfBaseException, LookupError, TypeError, AttributeError, ValueError) as error:
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        text = f"{run_dir} is not the folder of a run of this pgrl: its config.yaml cannot be used ({why})."
+        raise UserError(f"{text}\nTry: {TRAIN} {' '.join(EXAMPLE)}") from None
+
+
+# --------------------------------------------------------------------------------------------------------- evaluation
+
+
+def evaluate_config(argv: list[str] | None = None) -> EvaluateConfig:
+    """The command line of `python -m pgrl.evaluate`; UserError tells what is wrong, and a command that works."""
+    words = sys.argv[1:] if argv is None else argv
+    if "--help" in words or "-h" in words:
+        print(f"{EVALUATE} run=RUN_DIR [episodes=20] [seed=0] [checkpoint=last|best|STEP]")
+        raise SystemExit(0)
+    return answer(words, evaluation, EVALUATE)  # type: ignore[no-any-return]
+
+
+def evaluation(words: Sequence[str]) -> EvaluateConfig:
+    """As `evaluate_config`; Wrong says what is wrong."""
+    keys, merged = schema.keys(EvaluateConfig, None), OmegaConf.structured(EvaluateConfig)
+    for text in words:
+        if "=" not in text:
+            use = (f"run={text}",) if is_run(Path(text)) else ()
+            raise Wrong(Problem(text, None, "is not of the form key=value", use))
+        try:
+            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([text]))
+        except (OmegaConfBaseException, YAMLError) as error:
+            raise composition.explain(error, values_of([text]), keys) from None
+    runs = tuple(f"run={path}" for path in newest_runs()[:1])
+    if OmegaConf.is_missing(merged, "run"):
+        command = None if runs else shlex.join([*TRAIN.split(), *EXAMPLE])
+        raise Wrong(Problem("run", None, "names the folder of the run to evaluate, and is missing", runs, command))
+    config: EvaluateConfig = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    problems = list(checks.wrong_values(config, keys))
+    folder = Path(config.run)
+    if not is_run(folder):
+        why = "is not the folder of a run: it holds no config.yaml" if folder.is_dir() else "there is no such folder"
+        command = None if runs else shlex.join([*TRAIN.split(), *EXAMPLE])
+        problems.append(Problem("run", folder, why, runs, command))
+    if problems:
+        raise Wrong(*problems)
+    return config

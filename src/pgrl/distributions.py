@@ -136,7 +136,9 @@ class Beta(NamedTuple):
         return 2.0 * gamma[..., 0] / gamma.sum(-1) - 1.0
 
     def mode(self) -> Tensor:
-        return 2.0 * (self.alpha - 1.0) / (self.alpha + self.beta - 2.0) - 1.0
+        tiny = torch.finfo(self.alpha.dtype).tiny  # the middle where both are 1 and every action is as likely
+        a, b = self.alpha - 1.0 + tiny, self.beta - 1.0 + tiny
+        return (a - b) / (a + b)
 
     def log_prob(self, action: Tensor) -> Tensor:
         x = (0.5 * (action + 1.0)).clamp(1e-6, 1.0 - 1e-6)

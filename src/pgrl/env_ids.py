@@ -52,10 +52,10 @@ def all_ids() -> list[str]:
 
 
 def near_ids(env_id: str, n: int = 3) -> list[str]:
-    """Registered ids that come near an unknown one: other versions of the name first, the newest of them before."""
+    """Registered ids that an unknown one may have meant: other versions of the name, newest first, or names like it."""
     name = re.sub(r"-v\d+$", "", env_id.rpartition(":")[2]).lower()
     ids = all_ids()
     same = [known for known in ids if re.sub(r"-v\d+$", "", known).lower() == name]
     by_lower = {known.lower(): known for known in ids}
     near = [by_lower[k] for k in difflib.get_close_matches(env_id.lower(), by_lower, n=n, cutoff=0.5)]
-    return list(dict.fromkeys([*reversed(same), *near]))[:n]
+    return same[::-1][:n] or near

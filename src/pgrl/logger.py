@@ -171,8 +171,10 @@ class _LogFile(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             checkpoint.append(self.path, self.format(record) + "\n")
+        except OSError:
+            pass
         except Exception:
-            pass  # a log never stops a run
+            self.handleError(record)
 
 
 class _Events:

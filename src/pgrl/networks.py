@@ -62,8 +62,8 @@ class PolicyConfig:
 class MLP(nn.Module):
     """Linear layers with an activation between them, and after the last unless `last` is given.
 
-    [N, *shape] -> [N, sizes[-1]]; trailing dimensions are flattened. The forward is a flat loop: at 64 units a
-    module's call costs as much as its arithmetic.
+    [N, *shape] -> [N, sizes[-1]]; trailing dimensions are flattened, uint8 is scaled to [0, 1]. The forward is a flat
+    loop: at 64 units a module's call costs as much as its arithmetic.
     """
 
     def __init__(self, sizes: list[int], activation: str, *, activate_last: bool) -> None:
@@ -77,6 +77,8 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() > 2:
             x = x.flatten(1)
+        if x.dtype == torch.uint8:
+            x = x.float() / 255.0
         for i, (weight, bias) in enumerate(self._pairs):
             x = F.linear(x, weight, bias)
             if i < self._activated:

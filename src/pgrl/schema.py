@@ -1,4 +1,4 @@
-"""The dataclasses that are the schema of a run's configuration, read without importing torch.
+"""The dataclasses that are the schema of the configuration: RunConfig, and those beside the agents and envs.
 
 An agent's config stands at the top of its file, which imports torch, and that takes seconds; a wrong command should
 be answered at once. So the config classes of these files, and nothing else, are evaluated here in a module of their
@@ -10,11 +10,11 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterator
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -45,7 +45,41 @@ def read_classes() -> tuple[ModuleType, dict[str, type], dict[type, str]]:
 
 
 _module, ALGOS, _homes = read_classes()
-EnvConfig = _module.EnvConfig
+if TYPE_CHECKING:
+    from pgrl.envs.base import EnvConfig
+else:
+    EnvConfig = _module.EnvConfig
+
+
+@dataclass
+class RunConfig:
+    """Top-level keys. Counts and periods are in env steps over all envs; `null` switches a period off."""
+
+    algo: Any = "???"  # algo=ppo, a2c: the config of an agent
+    env: EnvConfig = field(default_factory=EnvConfig)  # env=<id>
+    total_timesteps: int = 1_000_000
+    num_envs: int = 1
+    seed: int = 1
+    device: str = "cpu"  # cpu, cuda, cuda:<number>
+    threads: int | None = None  # torch's; null: 1 for small networks, all cores for large ones
+    compile: bool = False  # each gradient step as one compiled graph
+    run_dir: str | None = None  # null: runs/<algo>/<env>/<unique name>
+    resume: str | None = None  # the folder of a stopped run
+    eval_every: int | None = None  # evaluate without exploring, and keep the best checkpoint
+    eval_episodes: int = 10
+    save_every: int | None = 100_000
+    log_every: int | None = 1_000
+    tensorboard: bool = True
+
+
+@dataclass
+class EvaluateConfig:
+    """The keys of `python -m pgrl.evaluate`."""
+
+    run: str = "???"  # the folder of a run
+    episodes: int = 20
+    seed: int = 0
+    checkpoint: str = "last"  # last, best (of a run with eval_every), or a step
 
 
 def real(config: Any) -> Any:
@@ -69,8 +103,8 @@ class Key(NamedTuple):
     default: Any
 
 
-def keys(cls: type, algo: type, prefix: str = "") -> dict[str, Key]:
-    """All keys of a config class by their dotted names, those of the algorithm `algo` among them."""
+def keys(cls: type, algo: type | None, prefix: str = "") -> dict[str, Key]:
+    """All keys of a config class by their dotted names; `algo` is the class of the key of that name."""
     found: dict[str, Key] = {}
     for f in fields(cls):
         inner = algo if f.name == "algo" else f.default_factory

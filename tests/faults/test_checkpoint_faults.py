@@ -60,7 +60,7 @@ def resume_and_save(run_dir: Path) -> None:
     """What one process does between two checkpoints: clean, resume, save, rotate, and tell its status."""
     checkpoint.clean(run_dir)
     checkpoint.load_newest(run_dir, lambda message: None)
-    checkpoint.save(run_dir, 40, state_of(40), keep=2, keep_also=[10])
+    checkpoint.save(run_dir, 40, state_of(40), keep=1, keep_also=[10])
     checkpoint.write_text(run_dir / "status.json", '{"step": 40}')
 
 
@@ -116,7 +116,7 @@ def test_death_at_every_operation(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert damaged or not warnings  # nothing that a death leaves looks like damage
         assert json.loads((run_dir / "status.json").read_text())["step"] in (30, 40)
         resume_and_save(run_dir)
-        assert checkpoint.list_steps(run_dir) == [10, newest, 40]
+        assert checkpoint.list_steps(run_dir) == [10, 40]
         assert_state(40, checkpoint.load_newest(run_dir, pytest.fail)[1])
         assert not list(run_dir.rglob("*.tmp"))
 
@@ -425,6 +425,10 @@ def make_hostile(parent: Path) -> Iterator[tuple[str, Path]]:
         moved = (folder / file).rename(folder.parent / "elsewhere")
         (folder / file).symlink_to(moved, target_is_directory=not file)
         yield f"symbolic link for {file or 'the folder'}", folder
+    folder = forge(parent / "link of the right size" / "step_000000000007", EMPTY, tree({"text": "x" * 501}))
+    (folder / "state.json").rename(folder / "elsewhere")
+    (folder / "state.json").symlink_to(("./" * 300)[: (folder / "elsewhere").stat().st_size - 9] + "elsewhere")
+    yield "symbolic link of the right size", folder
     for name, make in {"pipe": os.mkfifo, "folder": os.mkdir}.items():
         folder = forge(parent / name / "step_000000000007", EMPTY, tree({}))
         (folder / "state.json").unlink()
@@ -450,6 +454,14 @@ def test_hostile_checkpoints_are_refused(tmp_path: Path) -> None:
         else:
             accepted.append(name)
     assert not accepted and refused >= 50
+
+
+def test_what_has_the_wrong_size_is_not_read(tmp_path: Path) -> None:
+    (folder,) = (make_run(tmp_path, 1) / "checkpoints").iterdir()
+    for name in FILES:
+        os.truncate(folder / name, 2**40)
+        with pytest.raises(CheckpointError, match=f"{name} has 1,099,511,627,776 bytes"):
+            checkpoint.load(folder)
 
 
 def test_loading_runs_nothing_and_opens_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,177 @@
+"""The gradient step against torch's optimisers and the papers' formulas, and its state."""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Generator, Tensor, nn
+
+from pgrl.optim import Adam, GradientStep, RMSProp, clip_norm
+
+
+class Batch(NamedTuple):
+    x: Tensor
+    y: Tensor
+
+
+class Regression:
+    """A small net with two groups of parameters and a loss with a steep gradient."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.net = nn.ModuleList([nn.Linear(4, 8), nn.Linear(8, 2)]).double()
+
+    def loss(self, batch: Batch, scalars: Tensor) -> tuple[Tensor, Tensor]:
+        error = self.net[1](self.net[0](batch.x).tanh()) - batch.y
+        loss = 10 * error.square().mean() + scalars[0] * error.mean()
+        return loss, torch.stack([loss, error.mean()]).detach()
+
+    def groups(self, second: float = 1.0) -> list[tuple[Sequence[nn.Parameter], float]]:
+        return [(list(self.net[0].parameters()), 1.0), (list(self.net[1].parameters()), second)]
+
+    def flat(self) -> Tensor:
+        return torch.cat([p.detach().reshape(-1) for p in self.net.parameters()])
+
+
+def batches(n: int) -> list[Batch]:
+    generator = Generator().manual_seed(1)
+    draws = torch.randn(n, 16, 6, generator=generator, dtype=torch.float64)
+    return [Batch(d[:, :4], 3 * d[:, 4:]) for d in draws]
+
+
+SCALARS = torch.tensor([0.3], dtype=torch.float64)
+LRS = [0.01 * (1 - i / 25) for i in range(20)]  # annealed
+
+
+@pytest.mark.parametrize("per_group", [False, True])
+@pytest.mark.parametrize("limit", [None, 0.5, 1e6])
+@pytest.mark.parametrize("factor", [1.0, 0.1])
+def test_adam_is_torchs(factor: float, limit: float | None, per_group: bool) -> None:
+    ours, theirs = Regression(), Regression()
+    step = GradientStep(
+        ours.loss,
+        ours.groups(factor),
+        partial(Adam, eps=1e-5, betas=(0.8, 0.95)),
+        max_grad_norm=limit,
+        clip_per_group=per_group,
+    )
+    groups = theirs.groups()
+    adam = torch.optim.Adam([{"params": list(p)} for p, _ in groups], eps=1e-5, betas=(0.8, 0.95))
+    for batch, lr in zip(batches(20), LRS, strict=True):
+        metrics = step(batch, torch.tensor(lr, dtype=torch.float64), SCALARS)
+        loss, expected = theirs.loss(batch, SCALARS)
+        adam.zero_grad()
+        loss.backward()
+        norm = torch.linalg.vector_norm(torch.cat([p.grad.reshape(-1) for p in theirs.net.parameters()]))
+        if limit is not None:
+            for parameters in [p for p, _ in groups] if per_group else [list(theirs.net.parameters())]:
+                nn.utils.clip_grad_norm_(parameters, limit)
+        for group, f in zip(adam.param_groups, (1.0, factor), strict=True):
+            group["lr"] = lr * f
+        adam.step()
+        torch.testing.assert_close(metrics, torch.cat([expected, norm.unsqueeze(0)]), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(ours.flat(), theirs.flat(), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("limit", [None, 0.5])
+def test_rmsprop_is_its_formula(limit: float | None) -> None:
+    """Equations S2 and S3 of Mnih et al. 2016: g <- alpha g + (1 - alpha) d^2, theta <- theta - eta d / sqrt(g + eps)."""
+    ours, theirs = Regression(), Regression()
+    step = GradientStep(ours.loss, ours.groups(), partial(RMSProp, alpha=0.9, eps=1e-3), max_grad_norm=limit)
+    mean_square = [torch.zeros_like(p) for p in theirs.net.parameters()]
+    for batch, lr in zip(batches(20), LRS, strict=True):
+        step(batch, torch.tensor(lr, dtype=torch.float64), SCALARS)
+        parameters = list(theirs.net.parameters())
+        gradients = torch.autograd.grad(theirs.loss(batch, SCALARS)[0], parameters)
+        norm = math.sqrt(sum(float(g.square().sum()) for g in gradients))
+        shrink = 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
+        with torch.no_grad():
+            for p, g, v in zip(parameters, gradients, mean_square, strict=True):
+                v.copy_(0.9 * v + 0.1 * (shrink * g) ** 2)
+                p.sub_(lr * shrink * g / (v + 1e-3).sqrt())
+        torch.testing.assert_close(ours.flat(), theirs.flat(), rtol=1e-9, atol=1e-11)
+
+
+def test_adam_corrects_its_moments_after_many_steps() -> None:
+    """beta ** steps is kept in double precision, so that single-precision moments lose nothing."""
+    adam = Adam(torch.zeros(3), eps=1e-8)
+    theirs = nn.Parameter(torch.zeros(3))
+    reference = torch.optim.Adam([theirs], lr=1e-3)
+    position, generator = torch.zeros(3), Generator().manual_seed(2)
+    for _ in range(1500):
+        theirs.grad = torch.randn(3, generator=generator)
+        position += adam(theirs.grad.clone(), torch.tensor(1e-3))
+        reference.step()
+    torch.testing.assert_close(position, theirs.detach(), rtol=1e-4, atol=1e-6)
+    assert adam.decay.dtype == torch.float64
+    torch.testing.assert_close(adam.decay[1].item(), 0.999**1500, rtol=1e-10, atol=0)
+
+
+def test_clip_norm() -> None:
+    grad = torch.tensor([3.0, 4.0])
+    clipped, norm = clip_norm(grad, 1.0)
+    assert norm == 5
+    torch.testing.assert_close(clipped, grad / 5, rtol=1e-6, atol=0)
+    assert torch.equal(clip_norm(grad, 10.0)[0], grad)  # never made longer
+    assert torch.equal(clip_norm(torch.zeros(2), 1.0)[0], torch.zeros(2))
+
+
+@pytest.mark.parametrize("optimiser", [Adam, RMSProp])
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+def test_groups_have_their_own_rate(optimiser: Callable[[Tensor], Any], factor: float) -> None:
+    """Without clipping, a group's step is its rate's factor times the step it would have taken."""
+    plain, scaled = Regression(), Regression()
+    start = plain.flat()
+    for model, f in ((plain, 1.0), (scaled, factor)):
+        GradientStep(model.loss, model.groups(f), optimiser, max_grad_norm=None)(
+            batches(1)[0], torch.tensor(0.01, dtype=torch.float64), SCALARS
+        )
+    change, scaled_change = plain.flat() - start, scaled.flat() - start
+    first = 4 * 8 + 8
+    torch.testing.assert_close(scaled_change[:first], change[:first])
+    torch.testing.assert_close(scaled_change[first:], factor * change[first:])
+
+
+def test_gradients_never_reach_grad() -> None:
+    """Nothing accumulates in `.grad`, so there is nothing to forget to clear."""
+    model = Regression()
+    step = GradientStep(model.loss, model.groups(), Adam, max_grad_norm=0.5)
+    step(batches(1)[0], torch.tensor(0.01, dtype=torch.float64), SCALARS)
+    assert all(p.grad is None for p in model.net.parameters())
+
+
+@pytest.mark.parametrize("optimiser", [Adam, RMSProp])
+def test_state_continues_bit_for_bit(optimiser: Callable[[Tensor], Any]) -> None:
+    data, lr = batches(20), torch.tensor(0.01, dtype=torch.float64)
+    model = Regression()
+    step = GradientStep(model.loss, model.groups(0.5), optimiser, max_grad_norm=0.5)
+    for batch in data[:10]:
+        step(batch, lr, SCALARS)
+    saved = copy.deepcopy((step.state_dict(), model.net.state_dict()))
+    for batch in data[10:]:
+        step(batch, lr, SCALARS)
+
+    other = Regression()
+    resumed = GradientStep(other.loss, other.groups(0.5), optimiser, max_grad_norm=0.5)
+    resumed(data[3], lr, SCALARS)  # whatever it did before is forgotten
+    other.net.load_state_dict(saved[1])
+    resumed.load_state_dict(saved[0])
+    for batch in data[10:]:
+        resumed(batch, lr, SCALARS)
+    assert torch.equal(other.flat(), model.flat())
+    for name, tensor in step.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+def test_state_is_copied_in() -> None:
+    """A loaded state is not aliased: further steps leave it as it was."""
+    model = Regression()
+    step = GradientStep(model.loss, model.groups(), Adam, max_grad_norm=None)
+    state = copy.deepcopy(step.state_dict())
+    step.load_state_dict(state)
+    step(batches(1)[0], torch.tensor(0.01, dtype=torch.float64), SCALARS)
+    assert (state["m"] == 0).all() and (step.state_dict()["m"] != 0).any()

@@ -1,0 +1,172 @@
+"""The loop and the contract around it, through the same calls that users make."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import pgrl
+from pgrl import checkpoint
+from pgrl.errors import UserError
+from pgrl.evaluate import main as evaluate_main
+from pgrl.logger import read_rows
+from pgrl.signals import Signals, Stop
+from pgrl.train import due
+from tests.faults.test_resume import assert_same, equal
+
+PPO = ["algo=ppo", "env=CartPole-v1", "num_envs=4", "algo.num_steps=32", "algo.num_minibatches=4", "seed=3"]
+A2C = ["algo=a2c", "env=CartPole-v1", "num_envs=4", "seed=3"]
+QUIET = ["tensorboard=false", "threads=1"]
+
+
+def run(tmp_path: Path, name: str, *overrides: str) -> Path:
+    return pgrl.run([*overrides, *QUIET, f"run_dir={tmp_path / name}"])
+
+
+def last_state(run_dir: Path) -> dict[str, object]:
+    return checkpoint.load_newest(run_dir, pytest.fail)[1]
+
+
+def test_run_writes_what_the_contract_names(tmp_path: Path) -> None:
+    run_dir = pgrl.run([*PPO, "total_timesteps=1000", f"run_dir={tmp_path / 'run'}"])
+    assert run_dir == tmp_path / "run"
+    for name in ("config.yaml", "metrics.jsonl", "train.log", "status.json", "tb", "checkpoints/step_000000000896"):
+        assert (run_dir / name).exists(), name
+    status = json.loads((run_dir / "status.json").read_text())
+    assert status["state"] == "done" and status["step"] == 896 and status["total_timesteps"] == 1000
+
+
+def test_default_folders_are_never_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folders = {pgrl.run([*A2C, *QUIET, "total_timesteps=40"]) for _ in range(3)}
+    assert len(folders) == 3
+    assert all(folder.parent == Path("runs/a2c/CartPole-v1") for folder in folders)
+
+
+@pytest.mark.parametrize("algo", [PPO, A2C], ids=["ppo", "a2c"])
+def test_two_runs_are_equal(algo: list[str], tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        run(tmp_path, name, *algo, "total_timesteps=2000", "log_every=200")
+    assert_same(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize("algo", [PPO, A2C], ids=["ppo", "a2c"])
+def test_evaluation_does_not_disturb_training(algo: list[str], tmp_path: Path) -> None:
+    plain = run(tmp_path, "plain", *algo, "total_timesteps=2000", "algo.norm_obs=true")
+    watched = run(tmp_path, "watched", *algo, "total_timesteps=2000", "algo.norm_obs=true", "eval_every=500")
+    assert equal(last_state(plain)["agent"], last_state(watched)["agent"])
+    assert equal(last_state(plain)["env"], last_state(watched)["env"])
+    assert [row["eval/return_mean"] for row in read_rows(watched) if "eval/return_mean" in row]
+
+
+def test_best_checkpoint_is_kept(tmp_path: Path) -> None:
+    run_dir = run(tmp_path, "run", *PPO, "total_timesteps=6000", "eval_every=500", "eval_episodes=2", "save_every=128")
+    best = max((r for r in read_rows(run_dir) if "eval/return_mean" in r), key=lambda r: (r["eval/return_mean"], -r["step"]))
+    assert best["step"] in checkpoint.list_steps(run_dir)
+    assert len(checkpoint.list_steps(run_dir)) <= 4
+    agent = pgrl.load(run_dir, "best")
+    assert agent.act(torch.zeros(2, 4), explore=False).shape == (2,)
+
+
+def test_load_acts_like_the_trained_agent(tmp_path: Path) -> None:
+    run_dir = run(tmp_path, "run", "algo=ppo", "env=Pendulum-v1", "total_timesteps=512", "algo.num_steps=128", "algo.norm_obs=true")
+    agent, saved = pgrl.load(run_dir), last_state(run_dir)["agent"]
+    assert equal({k: v.clone() for k, v in agent.state_dict()["obs_norm"].items()}, saved["obs_norm"])  # type: ignore[index]
+    obs = torch.randn(50, 3) * 100
+    action = agent.act(obs, explore=False)
+    assert action.abs().max() <= 2.0 and torch.equal(action, agent.act(obs, explore=False))
+
+
+def test_evaluate_writes_its_file_and_leaves_the_run_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = run(tmp_path, "run", *PPO, "total_timesteps=1000")
+    before = {p: p.stat().st_mtime_ns for p in run_dir.rglob("*") if p.is_file()}
+    evaluate_main([f"run={run_dir}", "episodes=5", "seed=4"])
+    result = json.loads((run_dir / "evaluation.json").read_text())
+    assert len(result["returns"]) == len(result["lengths"]) == 5
+    assert result["return_mean"] == pytest.approx(sum(result["returns"]) / 5)
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    evaluate_main([f"run={run_dir}", "episodes=5", "seed=4"])
+    assert json.loads((run_dir / "evaluation.json").read_text()) == result
+    assert "IQM" in capsys.readouterr().out
+
+
+def test_rows_count_env_steps_over_all_envs(tmp_path: Path) -> None:
+    rows = read_rows(run(tmp_path, "run", *PPO, "total_timesteps=1280", "log_every=1"))
+    assert [row["step"] for row in rows] == list(range(128, 1281, 128))
+    assert [row["charts/updates"] for row in rows] == [40.0 * (i + 1) for i in range(10)]
+
+
+def test_due() -> None:
+    assert [step for step in range(3, 31, 3) if due(10, step, 3)] == [12, 21, 30]
+    assert not due(None, 10, 10)
+
+
+def test_more_steps_on_resume(tmp_path: Path) -> None:
+    run_dir = run(tmp_path, "run", *PPO, "total_timesteps=1000")
+    with pytest.raises(UserError, match="total_timesteps"):
+        pgrl.run([f"resume={run_dir}"])
+    pgrl.run([f"resume={run_dir}", "total_timesteps=2000"])
+    assert json.loads((run_dir / "status.json").read_text())["step"] == 1920
+
+
+def test_run_killed_before_its_first_checkpoint_starts_again(tmp_path: Path) -> None:
+    whole = run(tmp_path, "whole", *PPO, "total_timesteps=1000")
+    young = run(tmp_path, "young", *PPO, "total_timesteps=1000")
+    for path in sorted((young / "checkpoints").rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+    (young / "status.json").write_text('{"state": "running", "step": 0, "total_timesteps": 1000}')
+    pgrl.run([f"resume={young}"])
+    assert_same(whole, young)
+
+
+def test_full_disk_does_not_stop_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = 0
+
+    def refuse(name: str, path: Path) -> None:
+        nonlocal calls
+        if "checkpoints" in str(path) and name == "fsync" and calls < 8:
+            calls += 1
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "_operation", refuse)
+    run_dir = run(tmp_path, "run", *PPO, "total_timesteps=2000", "save_every=128")
+    assert calls == 8
+    assert "no checkpoint at step" in (run_dir / "train.log").read_text()
+    assert last_state(run_dir)["position"]["step"] == 1920  # type: ignore[index]
+
+
+def test_nan_reward_stops_the_run_and_names_it(tmp_path: Path) -> None:
+    from pgrl.train import NonFiniteError
+
+    with pytest.raises(NonFiniteError, match="reward"):
+        run(tmp_path, "run", "algo=a2c", "env=tests.envs_for_tests:NaNReward-v0", "total_timesteps=1000")
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
+
+
+def test_signal_waits_for_protected_work() -> None:
+    import signal
+
+    done = []
+    with pytest.raises(Stop) as stop, Signals() as signals:
+        with signals.protected():
+            signal.raise_signal(signal.SIGTERM)
+            done.append("work")
+        done.append("never")
+    assert done == ["work"] and stop.value.exit_code == 143
+
+
+LEARNS = {
+    "ppo": ["algo=ppo", "env=CartPole-v1", "total_timesteps=30000"],
+    "a2c": ["algo=a2c", "env=CartPole-v1", "total_timesteps=40000"],
+}
+
+
+@pytest.mark.parametrize("algo", list(LEARNS))
+def test_learns(algo: str, tmp_path: Path) -> None:
+    run_dir = run(tmp_path, "run", *LEARNS[algo], "seed=1")
+    assert read_rows(run_dir)[-1]["charts/episodic_return_100"] > 100
