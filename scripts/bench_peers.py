@@ -228,9 +228,9 @@ def child(side: str, workload: Workload, seed: int, threads: int) -> dict[str, f
         options = (side, workload.name, workload.iterations, seed, threads, folder, time.time())
         command = [sys.executable, __file__, "--child", *map(str, options)]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
-        raise RuntimeError(f"{side} failed on {workload.name} with exit code {done.returncode}")
+        raise RuntimeError(f"{side} on {workload.name}: exit code {done.returncode}\n{done.stderr[-2000:]}")
     result: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
     return result
 

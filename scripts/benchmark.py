@@ -420,7 +420,10 @@ def choose(patterns: Sequence[str], extra: Sequence[str], name: str | None) -> l
         return suites
     if len(suites) != 1 or not extra or name is None or any(name == suite.name for suite in SUITES):
         raise UserError("a trial needs one suite, --extra with its overrides, and --name with a new name")
-    return [replace(suites[0], name=name, extra=tuple(extra))]
+    steps = [int(word.partition("=")[2]) for word in extra if word.startswith("total_timesteps=")]
+    total = steps[-1] if steps else suites[0].total_timesteps
+    rest = tuple(word for word in extra if not word.startswith("total_timesteps="))
+    return [replace(suites[0], name=name, total_timesteps=total, extra=rest)]
 
 
 def check_same(suite: Suite, folder: Path) -> None:
@@ -466,7 +469,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(report(suites if trial else SUITES, results, pictures, table_name))
     for job in jobs:
         if job.stage in ("failed", "stopped", "busy"):
-            print(f"{job.suite.name} seed {job.seed}: {job.stage}; see {job.log}")
+            said = job.log.read_text(errors="replace").split("\n") if job.log.exists() else []
+            last = next((line for line in reversed(said) if line), "")
+            print(f"{job.suite.name} seed {job.seed}: {job.stage}: {last}\n  see {job.log}")
     return code
 
 

@@ -236,7 +236,7 @@ def test_kills_leave_every_line_whole_and_no_step_twice(tmp_path: Path) -> None:
             except BaseException:
                 os._exit(1)
             os._exit(0)
-        if attempt < 60:
+        if attempt < 40:
             time.sleep(random_.uniform(0, 0.01))
             os.kill(child, signal.SIGKILL)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -79,7 +79,7 @@ def test_adam_is_torchs(factor: float, limit: float | None, per_group: bool) -> 
 
 @pytest.mark.parametrize("limit", [None, 0.5])
 def test_rmsprop_is_its_formula(limit: float | None) -> None:
-    """Equations S2 and S3 of Mnih et al. 2016: g <- alpha g + (1 - alpha) d^2, theta <- theta - eta d / sqrt(g + eps)."""
+    """Equations S2 and S3 of Mnih et al. 2016: g <- alpha g + (1 - alpha) d^2, and a step of -eta d / sqrt(g + eps)."""
     ours, theirs = Regression(), Regression()
     step = GradientStep(ours.loss, ours.groups(), partial(RMSProp, alpha=0.9, eps=1e-3), max_grad_norm=limit)
     mean_square = [torch.zeros_like(p) for p in theirs.net.parameters()]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.faults.test_resume import assert_same, equal
 
 import pgrl
 from pgrl import checkpoint
@@ -17,7 +18,6 @@ from pgrl.evaluate import main as evaluate_main
 from pgrl.logger import read_rows
 from pgrl.signals import Signals, Stop
 from pgrl.train import due
-from tests.faults.test_resume import assert_same, equal
 
 PPO = ["algo=ppo", "env=CartPole-v1", "num_envs=4", "algo.num_steps=32", "algo.num_minibatches=4", "seed=3"]
 A2C = ["algo=a2c", "env=CartPole-v1", "num_envs=4", "seed=3"]
@@ -66,7 +66,9 @@ def test_evaluation_does_not_disturb_training(algo: list[str], tmp_path: Path) -
 
 def test_best_checkpoint_is_kept(tmp_path: Path) -> None:
     run_dir = run(tmp_path, "run", *PPO, "total_timesteps=6000", "eval_every=500", "eval_episodes=2", "save_every=128")
-    best = max((r for r in read_rows(run_dir) if "eval/return_mean" in r), key=lambda r: (r["eval/return_mean"], -r["step"]))
+    best = max(
+        (r for r in read_rows(run_dir) if "eval/return_mean" in r), key=lambda r: (r["eval/return_mean"], -r["step"])
+    )
     assert best["step"] in checkpoint.list_steps(run_dir)
     assert len(checkpoint.list_steps(run_dir)) <= 4
     agent = pgrl.load(run_dir, "best")
@@ -74,7 +76,15 @@ def test_best_checkpoint_is_kept(tmp_path: Path) -> None:
 
 
 def test_load_acts_like_the_trained_agent(tmp_path: Path) -> None:
-    run_dir = run(tmp_path, "run", "algo=ppo", "env=Pendulum-v1", "total_timesteps=512", "algo.num_steps=128", "algo.norm_obs=true")
+    run_dir = run(
+        tmp_path,
+        "run",
+        "algo=ppo",
+        "env=Pendulum-v1",
+        "total_timesteps=512",
+        "algo.num_steps=128",
+        "algo.norm_obs=true",
+    )
     agent, saved = pgrl.load(run_dir), last_state(run_dir)["agent"]
     assert equal({k: v.clone() for k, v in agent.state_dict()["obs_norm"].items()}, saved["obs_norm"])  # type: ignore[index]
     obs = torch.randn(50, 3) * 100

@@ -49,8 +49,8 @@ def save(run_dir: Path, step: int, state: State, *, keep: int = 3, keep_also: Se
 
     state: a tree of dict (keys str or int), list, tuple (comes back as list), str, int, float, bool, None,
     tensors (come back on the CPU), arrays, and NumPy scalars (come back as Python's); TypeError for anything
-    else, naming its place. A valid checkpoint of that step is left as it is. SaveError if a file
-    cannot be written. Returns the folder.
+    else, naming its place. A valid checkpoint of that step is left as it is. Returns the checkpoint's folder;
+    SaveError if a file cannot be written.
     """
     from safetensors.torch import save as serialise
 
@@ -58,31 +58,31 @@ def save(run_dir: Path, step: int, state: State, *, keep: int = 3, keep_also: Se
         raise ValueError(f"step={step} must have at most 12 digits, and keep={keep} be at least 1")
     tree, tensors = _split(state)
     files = {_TENSORS: serialise(tensors), _TREE: _json({"step": step, "state": tree})}
-    folder = _folder(run_dir, step)
-    tmp = folder.with_suffix(".tmp")
+    path = folder(run_dir, step)
+    tmp = path.with_suffix(".tmp")
     try:
-        if not _is_whole(folder):
-            make_dir(folder.parent)
+        if not _is_whole(path):
+            make_dir(path.parent)
             _sweep(run_dir)
             _operation("mkdir", tmp)
             tmp.mkdir()
             for name, data in {**files, _MANIFEST: _manifest(files)}.items():
                 _write(tmp / name, data)
             sync(tmp)
-            if os.path.lexists(folder):
-                _set_aside(folder)
-            _rename(tmp, folder)
-        sync(folder.parent)
+            if os.path.lexists(path):
+                _set_aside(path)
+            _rename(tmp, path)
+        sync(path.parent)
         steps = list_steps(run_dir)
         for old in sorted(set(steps) - {*steps[-keep:], *keep_also, step}):
             # Renamed first, so that a crash half-way leaves nothing that looks like a damaged checkpoint.
-            _rename(_folder(run_dir, old), _folder(run_dir, old).with_suffix(".tmp"))
+            _rename(folder(run_dir, old), folder(run_dir, old).with_suffix(".tmp"))
         _sweep(run_dir)
     except OSError as error:
         with suppress(OSError):
             _sweep(run_dir)
-        raise SaveError(error.errno, f"cannot save a checkpoint: {error.strerror}", str(folder)) from error
-    return folder
+        raise SaveError(error.errno, f"cannot save a checkpoint: {error.strerror}", str(path)) from error
+    return path
 
 
 def load(path: Path) -> State:
@@ -105,12 +105,12 @@ def load_newest(run_dir: Path, warn: Callable[[str], None]) -> tuple[int, State]
         problems.append(str(error))
     for step in reversed(steps):
         try:
-            state = load(_folder(run_dir, step))
+            state = load(folder(run_dir, step))
         except CheckpointError as error:
             problems.append(str(error))
             if isinstance(error, _DamagedError):
                 with suppress(OSError):
-                    _set_aside(_folder(run_dir, step))
+                    _set_aside(folder(run_dir, step))
             continue
         if problems:
             lost = f"the {steps[-1] - step:,} steps after it are lost and will be run again"
@@ -118,6 +118,11 @@ def load_newest(run_dir: Path, warn: Callable[[str], None]) -> tuple[int, State]
         return step, state
     message = f"resume={run_dir}: this folder holds no checkpoint that can be used."
     raise CheckpointError("\n".join([message, *problems, _ELSEWHERE]))
+
+
+def folder(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies, or would."""
+    return run_dir / "checkpoints" / f"step_{step:012d}"
 
 
 def list_steps(run_dir: Path) -> list[int]:
@@ -160,10 +165,8 @@ def _load(path: Path) -> State:
     manifest = read(_MANIFEST, None)
     try:
         content = json.loads(manifest)
-        version, sizes = (
-            content["version"],
-            {name: content["files"][name]["size"] for name in (_TENSORS, _TREE)},
-        )
+        version = content["version"]
+        sizes = {name: content["files"][name]["size"] for name in (_TENSORS, _TREE)}
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise damaged(f"{_MANIFEST} cannot be understood ({error})") from None
     if version != _VERSION:
@@ -183,9 +186,9 @@ def _load(path: Path) -> State:
     return state
 
 
-def _is_whole(folder: Path) -> bool:
+def _is_whole(path: Path) -> bool:
     try:
-        _load(folder)
+        _load(path)
     except CheckpointError:
         return False
     return True
@@ -198,15 +201,11 @@ def _sweep(run_dir: Path) -> None:
             _remove(run_dir / "checkpoints" / name)
 
 
-def _set_aside(folder: Path) -> None:
-    target, count = folder.with_suffix(".corrupt"), 1
+def _set_aside(path: Path) -> None:
+    target, count = path.with_suffix(".corrupt"), 1
     while os.path.lexists(target):
-        target, count = folder.with_suffix(f".{count}.corrupt"), count + 1
-    _rename(folder, target)
-
-
-def _folder(run_dir: Path, step: int) -> Path:
-    return run_dir / "checkpoints" / f"step_{step:012d}"
+        target, count = path.with_suffix(f".{count}.corrupt"), count + 1
+    _rename(path, target)
 
 
 def _manifest(files: dict[str, bytes]) -> bytes:
@@ -406,10 +405,10 @@ def _operation(name: str, path: Path) -> None:
     """Called before each file operation, so that tests can count them, and fail or die at any one."""
 
 
-def _list(folder: Path) -> list[str]:
-    _operation("list", folder)
+def _list(path: Path) -> list[str]:
+    _operation("list", path)
     try:
-        return sorted(os.listdir(folder))
+        return sorted(os.listdir(path))
     except FileNotFoundError:
         return []
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import gymnasium.spaces as spaces
 import torch
+from numpy.typing import NDArray
 from torch import Generator, Tensor
 
 
@@ -31,6 +32,12 @@ class Step(NamedTuple):
     next_obs: Tensor  # [B, *obs]; differs from obs only where an episode ended
 
 
+class Row(Step):
+    """A step of a rollout in host memory that also holds its tensors as arrays: making them costs more than their use."""
+
+    arrays: tuple[NDArray[Any], ...]
+
+
 class Rollout:
     """Room for T steps of B envs, allocated once; envs write their answers straight into its rows.
 
@@ -53,7 +60,10 @@ class Rollout:
         self._fields = (reward, terminated, truncated, next_obs)
         self.obs = list(self._obs.unbind())
         columns = (self.obs[1:], *(x.unbind() for x in self._fields))
-        self.steps = [Step(*row) for row in zip(*columns, strict=True)]
+        self.steps = [Row(*row) for row in zip(*columns, strict=True)]
+        if device.type == "cpu":
+            for row in self.steps:
+                row.arrays = tuple(x.numpy() for x in row)
 
     def begin(self, obs: Tensor) -> None:
         """Start a new rollout at obs [B, *obs]."""

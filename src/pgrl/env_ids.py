@@ -47,8 +47,11 @@ def missing_package(env_id: str) -> tuple[str, str] | None:
 
 def all_ids() -> list[str]:
     """Every registered id that Gymnasium can still make, if its package is installed."""
-    return [name for name, spec in gymnasium.registry.items() if isinstance(spec.entry_point, str) or
-            not getattr(spec.entry_point, "__name__", "").startswith("_raise")]
+    return [
+        name
+        for name, spec in gymnasium.registry.items()
+        if isinstance(spec.entry_point, str) or not getattr(spec.entry_point, "__name__", "").startswith("_raise")
+    ]
 
 
 def near_ids(env_id: str, n: int = 3) -> list[str]:

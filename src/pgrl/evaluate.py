@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from pgrl import checkpoint
 from pgrl import config as configuration
@@ -17,7 +18,7 @@ from pgrl.agents import Agent
 from pgrl.config import EvaluateConfig, RunConfig
 from pgrl.envs import EnvConfig, make_vec
 from pgrl.errors import CheckpointError
-from pgrl.run import make_agent
+from pgrl.runs import make_agent
 
 MAX_ENVS = 32
 
@@ -29,7 +30,9 @@ class Evaluation(NamedTuple):
     lengths: list[int]
 
 
-def evaluate(agent: Agent, env_config: EnvConfig, episodes: int, seed: int) -> Evaluation:
+def evaluate(
+    agent: Agent, env_config: EnvConfig, episodes: int, seed: int, device: torch.device | str = "cpu"
+) -> Evaluation:
     """Play `episodes` episodes side by side with the most likely actions; the agent does not change.
 
     Each env plays a share of the episodes fixed beforehand, so short episodes are not over-represented.
@@ -41,7 +44,7 @@ def evaluate(agent: Agent, env_config: EnvConfig, episodes: int, seed: int) -> E
     try:
         obs = env.reset()
         while any(len(p) < s for p, s in zip(played, share, strict=True)):
-            obs = env.step(agent.act(obs, explore=False)).obs
+            obs = env.step(agent.act(obs.to(device), explore=False)).obs
             for episode in env.episodes():
                 if len(played[episode.env]) < share[episode.env]:
                     played[episode.env].append((episode.env_return, episode.length))
@@ -88,7 +91,9 @@ def load(run_dir: Path, which: str = "last") -> tuple[Agent, RunConfig, int]:
     config = replace(configuration.load_run(run_dir), device="cpu", compile=False)
     steps = checkpoint.list_steps(run_dir)
     if not steps:
-        raise CheckpointError(f"run={run_dir}: this run has no checkpoint yet.\nContinue it: python -m pgrl.train resume={run_dir}")
+        raise CheckpointError(
+            f"run={run_dir}: this run has no checkpoint yet.\nContinue it: python -m pgrl.train resume={run_dir}"
+        )
     state = checkpoint.load(checkpoint.folder(run_dir, steps[-1]))
     step = steps[-1]
     if which != "last":

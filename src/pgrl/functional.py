@@ -7,7 +7,10 @@ after a termination nothing follows, so nothing is bootstrapped; after a truncat
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -146,15 +149,14 @@ def ppo_clip_loss(
 ) -> Tensor:
     """The clipped surrogate -E[min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A)]; both [N].
 
-    Schulman et al. 2017 (arXiv 1707.06347), equation 7. With `dual_clip` c > 1 the objective of a negative advantage
-    is bounded below by c * A: Ye et al. 2020 (arXiv 1912.09729), equation 5.
+    Schulman et al. 2017 (arXiv 1707.06347), equation 7. The minimum is the ratio kept below 1 + clip_high where A >= 0
+    and above 1 - clip_low where A < 0, which is how it is computed. With `dual_clip` c > 1 the objective of a negative
+    advantage is bounded below by c * A: Ye et al. 2020 (arXiv 1912.09729), equation 5.
     """
-    ratio = log_ratio.exp()
-    clipped = torch.clamp(ratio, 1.0 - clip_low, 1.0 + clip_high)
-    objective = torch.minimum(ratio * advantage, clipped * advantage)
-    if dual_clip is not None:
-        objective = torch.where(advantage < 0, torch.maximum(objective, dual_clip * advantage), objective)
-    return -objective.mean()
+    rising = advantage >= 0
+    upper = torch.where(rising, 1.0 + clip_high, math.inf if dual_clip is None else dual_clip)
+    lower = torch.where(rising, -math.inf, 1.0 - clip_low)
+    return -(log_ratio.exp().clamp(lower, upper) * advantage).mean()
 
 
 def approx_kl(log_ratio: Tensor) -> Tensor:
@@ -173,7 +175,7 @@ def clip_fraction(log_ratio: Tensor, clip_low: float | Tensor, clip_high: float 
 
 def value_loss(value: Tensor, returns: Tensor) -> Tensor:
     """Half the mean squared error, so that its gradient is the mean error; both [N]."""
-    return 0.5 * (value - returns).square().mean()
+    return 0.5 * F.mse_loss(value, returns)
 
 
 def clipped_value_loss(value: Tensor, old_value: Tensor, returns: Tensor, clip: float) -> Tensor:

@@ -215,9 +215,9 @@ _CRC = _crc_table()
 
 
 def _masked_crc(data: bytes) -> bytes:
-    crc = 0xFFFFFFFF
+    crc, table = 0xFFFFFFFF, _CRC
     for byte in data:
-        crc = _CRC[(crc ^ byte) & 0xFF] ^ crc >> 8
+        crc = table[(crc ^ byte) & 0xFF] ^ crc >> 8
     crc ^= 0xFFFFFFFF
     return (((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF).to_bytes(4, "little")
 

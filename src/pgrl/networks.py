@@ -54,7 +54,7 @@ class PolicyConfig:
     """The distribution of continuous actions (`algo.policy.*`); discrete ones need no choice."""
 
     distribution: str = "gaussian"  # gaussian (clipped by the env), squashed (tanh, with the log-det), beta
-    log_std_init: float = 0.0  # initial log standard deviation, in the policy's units; Huang et al. 2022, detail 16
+    log_std_init: float = 0.0  # initial log standard deviation, in the policy's units; Huang et al. 2022, detail 24
     state_dependent_std: bool = False  # the network outputs log_std, instead of one free parameter a dimension
     rescale: bool = True  # the policy works in [-1, 1], mapped to finite bounds; false: in the env's own units
 
@@ -304,7 +304,7 @@ class RunningNorm(nn.Module):
         self.clip, self.eps = clip, eps
         self.register_buffer("scale", torch.ones(shape), persistent=False)
         self.register_buffer("shift", torch.zeros(shape), persistent=False)
-        self.register_load_state_dict_post_hook(lambda module, _: module.refresh())
+        self.register_load_state_dict_post_hook(RunningNorm._loaded)
 
     scale: Tensor
     shift: Tensor
@@ -324,6 +324,9 @@ class RunningNorm(nn.Module):
         self.mean += delta * (count / total)
         self.var.copy_(m2 / total)
         self.count.copy_(total)
+        self.refresh()
+
+    def _loaded(self, _: object) -> None:
         self.refresh()
 
     def refresh(self) -> None:

@@ -21,6 +21,7 @@ class Record:
     def __init__(self) -> None:
         self._pending: list[Mapping[str, Tensor | float]] = []
         self._sums: dict[str, float] = {}
+        self._last: dict[str, float] = {}
         self._count = 0
         self._sum_return, self._sum_length, self._ended = 0.0, 0, 0
         self.recent: deque[float] = deque(maxlen=WINDOW)
@@ -38,7 +39,6 @@ class Record:
 
     def row(self) -> dict[str, float]:
         """Means since the last row (the last value of `charts/*`), and of the last WINDOW episodes."""
-        last = {k: float(v) for k, v in self._pending[-1].items()} if self._pending else {}
         self._fold()
         row = {}
         if self._ended:
@@ -47,7 +47,7 @@ class Record:
         if self.recent:
             row["charts/episodic_return_100"] = math.fsum(self.recent) / len(self.recent)
         for name, total in self._sums.items():
-            row[name] = last[name] if name.startswith("charts/") and last else total / self._count
+            row[name] = self._last[name] if name.startswith("charts/") else total / self._count
         self._sums, self._count = {}, 0
         self._sum_return, self._sum_length, self._ended = 0.0, 0, 0
         return row
@@ -56,6 +56,8 @@ class Record:
         for name in self._pending[0] if self._pending else ():
             values = [float(metrics[name]) for metrics in self._pending]
             self._sums[name] = math.fsum([self._sums.get(name, 0.0), *values])
+        if self._pending:
+            self._last = {name: float(value) for name, value in self._pending[-1].items()}
         self._count += len(self._pending)
         self._pending = []
 
@@ -63,12 +65,14 @@ class Record:
         return {
             "pending": [{k: float(v) for k, v in metrics.items()} for metrics in self._pending],
             "sums": dict(self._sums),
+            "last": dict(self._last),
             "count": self._count,
             "episodes": [self._sum_return, self._sum_length, self._ended],
             "recent": list(self.recent),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._pending, self._sums, self._count = list(state["pending"]), dict(state["sums"]), state["count"]
+        self._pending, self._count = list(state["pending"]), state["count"]
+        self._sums, self._last = dict(state["sums"]), dict(state["last"])
         self._sum_return, self._sum_length, self._ended = state["episodes"]
         self.recent = deque(state["recent"], maxlen=WINDOW)

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from pgrl.data import Rollout, Transition
 from pgrl.envs import VecEnv
 from pgrl.evaluate import evaluate
 from pgrl.logger import Logger, Progress
-from pgrl.run import Run, Snapshot, build, gathered_warnings, headline, last_words, write_status
+from pgrl.runs import Run, Snapshot, build, gathered_warnings, headline, last_words, write_status
 from pgrl.signals import Signals, Stop
 
 log = logging.getLogger("pgrl")
@@ -77,7 +78,9 @@ def train(config: RunConfig, run: Run, logger: Logger, progress: Progress, run_d
             evaluation: dict[str, float] = {}
             improved = False
             if config.eval_every and (finished or due(config.eval_every, position.step, steps)):
-                returns = evaluate(agent, config.env, config.eval_episodes, config.seed + EVALUATION_STREAM).returns
+                returns = evaluate(
+                    agent, config.env, config.eval_episodes, config.seed + EVALUATION_STREAM, device
+                ).returns
                 evaluation = {"eval/return_mean": float(np.mean(returns)), "eval/return_std": float(np.std(returns))}
                 improved = evaluation["eval/return_mean"] > position.best_return
                 if improved:
@@ -136,13 +139,13 @@ def launch(config: RunConfig) -> Path:
             run_dir = configuration.new_run_dir(config)
             checkpoint.make_run_dir(run_dir)
             stack.enter_context(checkpoint.lock(run_dir))
-            checkpoint.write_text(run_dir / "config.yaml", configuration.save_config(config))
         else:
             run_dir = Path(config.resume)
             stack.enter_context(checkpoint.lock(run_dir))
             checkpoint.clean(run_dir)
             run = build(config)
         stack.callback(run.env.close)
+        checkpoint.write_text(run_dir / "config.yaml", configuration.save_config(replace(config, resume=None)))
         warnings = stack.enter_context(gathered_warnings(run_dir))
 
         step = None
@@ -165,8 +168,9 @@ def launch(config: RunConfig) -> Path:
         try:
             train(config, run, logger, progress, run_dir, signals)
             outcome = "done"
-        except Stop:
+        except Stop as stop:
             outcome = "stopped"
+            print(f"\nstopped by {stop}; to go on: python -m pgrl.train resume={run_dir}", flush=True)
             raise
         except Exception:
             log.exception("the run failed")

@@ -127,7 +127,10 @@ def test_killed_run_resumes_bit_for_bit(case: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", list(CASES))
 def test_a_hundred_kills(case: str, tmp_path: Path) -> None:
-    args = [a if not a.startswith("total_timesteps") else f"total_timesteps={int(a.split('=')[1]) * 8}" for a in arguments(case)]
+    args = [
+        a if not a.startswith("total_timesteps") else f"total_timesteps={int(a.split('=')[1]) * 8}"
+        for a in arguments(case)
+    ]
     finish(start(*args, f"run_dir={tmp_path / 'whole'}"))
     hits = interrupted(tmp_path / "killed", args, 100, seed=2, longest=0.6, how=signal.SIGKILL)
     print(f"{case}: {hits} kills hit")

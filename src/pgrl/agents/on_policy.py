@@ -22,8 +22,8 @@ class OnPolicyConfig:
     gae_lambda: float = 0.95  # for advantage=gae; Schulman et al. 2016, section 6
     advantage: str = "gae"  # gae (= td_lambda), n_step, td0, monte_carlo
     n_step: int = 5  # rewards before V, for advantage=n_step
-    norm_obs: bool = False  # observations to mean 0, std 1 by running statistics; Engstrom et al. 2020, option 7
-    clip_obs: float | None = 10.0  # normalised observations within +-; null: off; Engstrom et al. 2020, option 8
+    norm_obs: bool = False  # observations to mean 0, std 1 by running statistics; Engstrom et al. 2020, option 6
+    clip_obs: float | None = 10.0  # normalised observations within +-; null: off; Engstrom et al. 2020, option 7
     norm_reward: bool = False  # rewards / std of the discounted return; Engstrom et al. 2020, option 2
     clip_reward: float | None = None  # (scaled) rewards within +-; Engstrom et al. 2020, option 5
     norm_value: bool = False  # the value net learns normalised targets; van Hasselt et al. 2016 (Pop-Art), algorithm 1

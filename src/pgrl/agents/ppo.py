@@ -50,7 +50,9 @@ class PPOConfig(OnPolicyConfig):
     )
     anneal_clip: bool = False  # the range linearly to 0; Schulman et al. 2017, table 5
     dual_clip: float | None = None  # bound of the objective where A < 0, above 1; Ye et al. 2020, equation 5
-    target_kl: float | None = None  # no further epoch once approx_kl exceeds this; null: off; detail 12
+    target_kl: float | None = (
+        None  # no further epoch once approx_kl exceeds this; null: off; Huang et al. 2022, auxiliary detail 3
+    )
     kl_coef: float | None = None  # first weight of the adaptive KL penalty; null: off; Schulman et al. 2017, section 4
     kl_coef_target: float = 0.01  # the KL at which that weight stays as it is; Schulman et al. 2017, section 6.1
     ent_coef: float = 0.0  # weight of the entropy bonus; detail 10
@@ -68,9 +70,6 @@ class Batch(NamedTuple):
     advantage: Tensor
     returns: Tensor
     value: Tensor
-
-
-METRICS = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "grad_norm")
 
 
 class PPO(Agent):
@@ -125,7 +124,7 @@ class PPO(Agent):
                 batch = self._with_targets(batch, rollout)
             parts = minibatches(flatten_time(batch), config.num_minibatches, self.order if config.shuffle else None)
             epochs.append(torch.stack([self.step(part, lr, scalars) for part in parts]))
-            kl = epochs[-1][:, METRICS.index("approx_kl")].mean()
+            kl = functional.approx_kl(log_ratios(epochs[-1]))
             if config.adaptive_lr_kl is not None:
                 lr = self._adapt_lr(lr, kl)
             if config.target_kl is not None and float(kl) > config.target_kl:
@@ -138,8 +137,17 @@ class PPO(Agent):
         # last, so that a whole update sees the statistics under which the actions were taken
         if self.obs_norm is not None:
             self.obs_norm.update(raw_obs)
-        metrics = dict(zip((f"losses/{m}" for m in METRICS), torch.cat(epochs).mean(0).unbind(), strict=True))
-        metrics["losses/explained_variance"] = functional.explained_variance(batch.value, batch.returns)
+        steps = torch.cat(epochs)
+        policy_loss, value_loss, entropy = steps[:, :3].mean(0).unbind()
+        metrics = {
+            "losses/policy_loss": policy_loss,
+            "losses/value_loss": value_loss,
+            "losses/entropy": entropy,
+            "losses/approx_kl": functional.approx_kl(log_ratios(steps)),
+            "losses/clipfrac": functional.clip_fraction(log_ratios(steps), scalars[0], scalars[1]),
+            "losses/grad_norm": steps[:, -1].mean(),
+            "losses/explained_variance": functional.explained_variance(batch.value, batch.returns),
+        }
         if config.kl_coef is not None:
             metrics["losses/kl_coef"] = self.kl_coef.clone()
         if config.target_kl is not None:
@@ -147,7 +155,10 @@ class PPO(Agent):
         return {**metrics, "charts/learning_rate": lr, "charts/updates": self.updates.clone()}
 
     def loss(self, batch: Batch, scalars: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss of one minibatch and METRICS but the last; `scalars` are clip low, clip high, entropy, KL weight."""
+        """The loss [] of a minibatch [N, ...]; and policy loss, value loss, entropy and N log-ratios as one vector.
+
+        `scalars` are what may change over a run: clip low, clip high, entropy weight, KL weight.
+        """
         config = self.config
         clip_low, clip_high, ent_coef, kl_coef = scalars.unbind()
         distribution, value = self.net.policy_and_value(batch.obs)
@@ -169,10 +180,7 @@ class PPO(Agent):
         if config.kl_coef is not None:
             loss = loss + kl_coef * functional.approx_kl(log_ratio)
 
-        with torch.no_grad():
-            kl = functional.approx_kl(log_ratio)
-            clipped = functional.clip_fraction(log_ratio, clip_low, clip_high)
-            return loss, torch.stack([policy_loss, value_loss, entropy, kl, clipped])
+        return loss, torch.cat([torch.stack([policy_loss, value_loss, entropy]), log_ratio]).detach()
 
     def _batch(self, rollout: Transition) -> Batch:
         with torch.no_grad():
@@ -213,3 +221,8 @@ class PPO(Agent):
         before = self.lr_factor.clone()
         self.lr_factor.mul_(factor).clamp_(0.01, 30.0)
         return lr * (self.lr_factor / before)
+
+
+def log_ratios(steps: Tensor) -> Tensor:
+    """The log-ratios among the rows [K, 3 + N + 1] that gradient steps return, [K * N]."""
+    return steps[:, 3:-1].flatten()

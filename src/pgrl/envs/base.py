@@ -36,7 +36,7 @@ class VecEnv(Protocol):
 
     num_envs: int
     obs_space: spaces.Box  # of the tensors this env gives: float32, or uint8 for images
-    action_space: spaces.Space  # Box, Discrete, MultiDiscrete or MultiBinary
+    action_space: spaces.Space[Any]  # Box, Discrete, MultiDiscrete or MultiBinary
     device: torch.device
 
     def reset(self) -> Tensor:
@@ -61,5 +61,5 @@ class VecEnv(Protocol):
 
 
 def episode_seed(run_seed: int, env_index: int, episode_index: int) -> int:
-    """The seed of one episode: streams of neighbouring seeds are independent, in any vectorisation."""
-    return int(np.random.SeedSequence([run_seed, env_index, episode_index]).generate_state(1)[0])
+    """The seed of one episode, in [0, 2^31): streams of neighbouring seeds are independent, in any vectorisation."""
+    return int(np.random.SeedSequence([run_seed, env_index, episode_index]).generate_state(1)[0]) >> 1

@@ -42,7 +42,6 @@ class GymnasiumVecEnv:
         self._begun = False
 
     def reset(self) -> Tensor:
-        self._history.clear()
         self._finished = []
         for i in range(self.num_envs):
             self._begin(i, 0)
@@ -105,7 +104,6 @@ class GymnasiumVecEnv:
         if len(state["actions"]) != self.num_envs:
             raise ValueError(f"a state of {len(state['actions'])} envs does not fit {self.num_envs} envs")
         self._seed, self._finished = state["seed"], []
-        self._history.clear()
         lost = []
         for i, actions in enumerate(state["actions"]):
             self._begin(i, state["episode"][i])
@@ -119,8 +117,9 @@ class GymnasiumVecEnv:
         self._begun = True
         if lost:
             warnings.warn(
-                f"{self._id} does not repeat an episode from the same seed and actions (env {', '.join(map(str, lost))} "
-                f"of {self.num_envs}): these episodes are cut, and the run goes on, but not bit for bit",
+                f"{self._id} does not repeat its episodes from the same seeds and actions "
+                f"(env {', '.join(map(str, lost))} of {self.num_envs}): they are cut, and the run goes on, but not bit "
+                "for bit",
                 stacklevel=2,
             )
 
@@ -188,9 +187,6 @@ class History:
     def of(self, i: int) -> NDArray[Any]:
         """A copy of the actions [n, *action] of env i's running episode."""
         return self._rows[self.began[i] : self.steps, i].copy()
-
-    def clear(self) -> None:
-        self.steps, self.began = 0, [0] * len(self.began)
 
     def restore(self, actions: list[NDArray[Any]]) -> None:
         """Begin with the actions [n, *action] of each env's running episode."""

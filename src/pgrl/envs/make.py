@@ -58,16 +58,24 @@ def missing_package(env_id: str, error: Exception) -> UserError:
 
 def unknown_env(env_id: str, error: Exception) -> UserError:
     """Which registered ids come near one that Gymnasium does not know, or no longer has."""
+    package, colon, name = env_id.rpartition(":")
+    near = [known for known in near_ids(name) if known != name]
+    hint = " or ".join(f"env={known if is_builtin(known) else package + colon + known}" for known in near)
     text = str(error).partition(" Did you mean")[0].splitlines()[0]
-    near = [known for known in near_ids(env_id) if known != env_id]
-    hint = f"\nDid you mean {' or '.join(f'env={known}' for known in near)}?" if near else ""
+    hint = f"\nDid you mean {hint}?" if near else ""
     return UserError(f"env={env_id}: {text}{hint}\nAll ids: python -m pgrl.train --envs")
+
+
+def is_builtin(env_id: str) -> bool:
+    """Whether a registered env is Gymnasium's own, so that it needs no package before its id."""
+    entry = gymnasium.registry[env_id].entry_point
+    return (entry if isinstance(entry, str) else getattr(entry, "__module__", "")).startswith("gymnasium.")
 
 
 def wrong_kwargs(config: EnvConfig, error: TypeError) -> UserError:
     """Which arguments an env takes that was given others."""
-    entry = gymnasium.spec(config.id).entry_point
-    creator = load_env_creator(entry) if isinstance(entry, str) else entry
+    creator: Any = gymnasium.spec(config.id).entry_point
+    creator = load_env_creator(creator) if isinstance(creator, str) else creator
     takes = [name for name, p in inspect.signature(creator).parameters.items() if p.kind is not p.VAR_KEYWORD]
     return UserError(
         f"env.kwargs={config.kwargs}: {str(error).partition(' was raised from')[0]}\n"
@@ -81,11 +89,10 @@ def peel(env: Env) -> tuple[Env, float]:
     Both are calls at every step, for what a vectoriser knows anyway: it counts the steps, and resets before it steps.
     Only the outermost wrappers are taken off, and only of exactly these types; the limit is in steps, inf if none.
     """
-    limit = math.inf
-    if type(env) is TimeLimit:
-        if env.spec is None or env.spec.max_episode_steps is None:
-            return env, limit
-        env, limit = env.env, env.spec.max_episode_steps
+    limit = None
+    if type(env) is TimeLimit and env.spec is not None:
+        limit = env.spec.max_episode_steps
+        env = env if limit is None else env.env
     if type(env) is OrderEnforcing:
         env = env.env
-    return env, limit
+    return env, math.inf if limit is None else limit

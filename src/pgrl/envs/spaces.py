@@ -66,7 +66,7 @@ class ToEnv:
         self.shape = (num_envs, *(space.shape or ()))
         self.dtype: np.dtype[Any] = np.dtype(space.dtype)
         self.discrete = isinstance(space, spaces.Discrete)
-        self._start: Any = getattr(space, "start", 0)
+        self._start: Any = getattr(space, "start", 0)  # the first choice's number
         self._bounds: tuple[NDArray[Any], NDArray[Any]] | None = None
         self._whole = False
         if isinstance(space, spaces.Box):
@@ -80,10 +80,11 @@ class ToEnv:
         """The env's actions [B, *action] for an agent's [B, ...]."""
         x: NDArray[Any] = action.numpy() if action.is_cpu else action.cpu().numpy()
         x = x.reshape(self.shape)
-        if self.discrete:
-            return x + self._start if self._start else x
-        if self._bounds is None:
-            return (x + self._start).astype(self.dtype)
-        low, high = self._bounds
-        x = np.minimum(np.maximum(x, low), high)  # np.clip costs twice as much
-        return (np.rint(x) if self._whole else x).astype(self.dtype, copy=False)
+        if self._bounds is not None:
+            low, high = self._bounds
+            x = np.minimum(np.maximum(x, low), high)  # np.clip costs twice as much
+            if self._whole:
+                x = np.rint(x)
+        elif not self.discrete or self._start:
+            x = x + self._start
+        return x.astype(self.dtype, copy=False)

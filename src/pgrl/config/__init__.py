@@ -11,25 +11,27 @@ import secrets
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
-from pgrl import checks, composition, env_ids, schema
-from pgrl.checks import Problem, Wrong, is_run, read_status
-from pgrl.composition import key_of, values_of
+from pgrl import env_ids
+from pgrl.config import checks, composition, schema
+from pgrl.config.checks import Problem, Wrong, is_run, read_status
+from pgrl.config.composition import key_of, values_of
+from pgrl.config.schema import EvaluateConfig, RunConfig, config_dir
 from pgrl.errors import UserError
-from pgrl.schema import EvaluateConfig, RunConfig, config_dir
 from pgrl.signals import Stop
 
-__all__ = ["EvaluateConfig", "RunConfig", "compose", "config_dir", "evaluate_config", "load_run", "main", "new_run_dir"]
+__all__ = ["EvaluateConfig", "RunConfig", "compose", "config_dir", "evaluate_main", "load_run", "main", "new_run_dir"]
 
 TRAIN, EVALUATE = "python -m pgrl.train", "python -m pgrl.evaluate"
 HELP = f"""\
@@ -39,7 +41,7 @@ HELP = f"""\
 
   {TRAIN} algo=ppo env=CartPole-v1
   {TRAIN} algo=ppo env=HalfCheetah-v5 total_timesteps=2000000 seed=3
-  {TRAIN} algo=ppo env=my_package:MyEnv-v0 algo.learning_rate=1e-3 algo.network.hidden_sizes=[256,256]
+  {TRAIN} env=my_package:MyEnv-v0 algo.gamma=0.999 algo.network.hidden_sizes=[256,256]
   {TRAIN} experiment=engstrom_ppo env=Hopper-v4
   {TRAIN} -m algo=ppo,a2c env=CartPole-v1,Acrobot-v1 seed=1,2,3
 
@@ -74,13 +76,22 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None, job: Callable[[RunConfig], object]) -> None:
     """Do what the command line says, `job` for each run; leaves with exit code 2 after a user's mistake."""
-    try:
+    with exit_codes():
         command(sys.argv[1:] if argv is None else argv, job)
+
+
+@contextmanager
+def exit_codes() -> Iterator[None]:
+    """Leave with the exit codes of the public contract: 2 after a user's mistake, 128 plus a signal's number."""
+    try:
+        yield
     except UserError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
     except Stop as stop:
         raise SystemExit(stop.exit_code) from None
+    except KeyboardInterrupt:  # before a run's own handling of signals begins
+        raise SystemExit(130) from None
 
 
 def command(argv: list[str], job: Callable[[RunConfig], object]) -> None:
@@ -129,8 +140,8 @@ def answer(words: Sequence[str], build: Callable[[Sequence[str]], Any], program:
                 if not lines or any(key_of(text) == p.key or text == p.key for text in words):
                     lines.append(f"{p.key}={p.value}: {p.why}." if p.value is not None else f"{p.key}: {p.why}.")
                 remedy = remedy or p.command or ""
-            mended = mend(mended, wrong.problems)
-            if remedy:
+            before, mended = mended, mend(mended, wrong.problems)
+            if remedy or mended == before:
                 break
         else:
             if not lines:
@@ -183,13 +194,15 @@ def resumed(config: RunConfig, given: dict[str, str]) -> RunConfig:
     for key in KEPT:
         if key in given:
             setattr(run, key, getattr(config, key))
-    step, rollout = int(status.get("step", 0)), run.num_envs * vars(run.algo).get("num_steps", 1)
+    step = status["step"] if isinstance(status.get("step"), int) else 0
+    rollout = run.num_envs * vars(run.algo).get("num_steps", 1)
     more = f"total_timesteps={2 * max(total, step)}"
     if run.total_timesteps < step:
         why = f"this run has taken {step:,} steps already"
         raise Wrong(Problem("total_timesteps", run.total_timesteps, why, (more,)))
     if status.get("state") == "done" and run.total_timesteps < step + rollout:
-        key, use = ("total_timesteps", (more,)) if "total_timesteps" in given else ("resume", (f"resume={folder}", more))
+        extended = "total_timesteps" in given
+        key, use = ("total_timesteps", (more,)) if extended else ("resume", (f"resume={folder}", more))
         why = f"the run is done, with {step:,} of {total:,} steps; a larger total_timesteps makes it longer"
         raise Wrong(Problem(key, given[key], why, use))
     keys = schema.keys(RunConfig, type(run.algo))
@@ -223,9 +236,12 @@ def sweep(words: list[str], job: Callable[[RunConfig], object]) -> None:
         print(f"Run {HydraConfig.get().job.num + 1}: {' '.join(text.lstrip('+') for text in overrides)}", flush=True)
         job(compose(overrides))
 
+    overrides = composition.for_hydra(composition.parse(words), multirun=True)
     with composition.hydra_ready() as hydra:
-        overrides = composition.for_hydra(composition.parse(words), multirun=True)
-        hydra.multirun("train", run_one, [*overrides, "hydra.mode=MULTIRUN"])
+        try:
+            hydra.multirun("train", run_one, [*overrides, "hydra.mode=MULTIRUN"])
+        except HydraException as error:
+            raise UserError(f"the sweep cannot be run: {error}") from error
 
 
 # -------------------------------------------------------------------------------------------------------- run folders
@@ -259,7 +275,7 @@ def read_run(run_dir: Path) -> RunConfig:
         algo = schema.ALGOS[tree["algo"].pop("name")]
         config = OmegaConf.merge(OmegaConf.structured(RunConfig), {"algo": OmegaConf.structured(algo)}, tree)
         return OmegaConf.to_object(config)  # type: ignore[return-value]
-    except (OSError, YAMLError, OmegaConfBaseException, LookupError, TypeError, AttributeError, ValueError) as error:
+    except Exception as error:  # whatever foreign contents may raise
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         text = f"{run_dir} is not the folder of a run of this pgrl: its config.yaml cannot be used ({why})."
         raise UserError(f"{text}\nTry: {TRAIN} {' '.join(EXAMPLE)}") from None
@@ -268,12 +284,18 @@ def read_run(run_dir: Path) -> RunConfig:
 # --------------------------------------------------------------------------------------------------------- evaluation
 
 
-def evaluate_config(argv: list[str] | None = None) -> EvaluateConfig:
-    """The command line of `python -m pgrl.evaluate`; UserError tells what is wrong, and a command that works."""
+def evaluate_main(argv: list[str] | None, job: Callable[[EvaluateConfig], object]) -> None:
+    """The command line of `python -m pgrl.evaluate`; leaves with exit code 2 after a user's mistake."""
     words = sys.argv[1:] if argv is None else argv
-    if "--help" in words or "-h" in words:
-        print(f"{EVALUATE} run=RUN_DIR [episodes=20] [seed=0] [checkpoint=last|best|STEP]")
-        raise SystemExit(0)
+    with exit_codes():
+        if "--help" in words or "-h" in words:
+            print(f"{EVALUATE} run=RUN_DIR [episodes=20] [seed=0] [checkpoint=last|best|STEP]")
+        else:
+            job(evaluate_config(words))
+
+
+def evaluate_config(words: Sequence[str]) -> EvaluateConfig:
+    """What the words of its command line say; UserError tells what is wrong, and a command that works."""
     return answer(words, evaluation, EVALUATE)  # type: ignore[no-any-return]
 
 
@@ -285,8 +307,12 @@ def evaluation(words: Sequence[str]) -> EvaluateConfig:
             use = (f"run={text}",) if is_run(Path(text)) else ()
             raise Wrong(Problem(text, None, "is not of the form key=value", use))
         try:
-            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([text]))
-        except (OmegaConfBaseException, YAMLError) as error:
+            given = OmegaConf.from_dotlist([text])
+        except Exception as error:  # whatever the YAML parser may raise
+            raise Wrong(Problem(text, None, f"cannot be read: {str(error).splitlines()[0]}")) from None
+        try:
+            merged = OmegaConf.merge(merged, given)
+        except OmegaConfBaseException as error:
             raise composition.explain(error, values_of([text]), keys) from None
     runs = tuple(f"run={path}" for path in newest_runs()[:1])
     if OmegaConf.is_missing(merged, "run"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import difflib
+import itertools
 import json
 import math
 import os
@@ -13,10 +14,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pgrl import schema
+from pgrl.config import schema
 
 if TYPE_CHECKING:
-    from pgrl.config import RunConfig
+    from pgrl.config.schema import RunConfig
 
 
 class Problem(NamedTuple):
@@ -114,15 +115,18 @@ def wrong_together(config: RunConfig) -> Iterator[Problem]:
     size = f"num_steps * num_envs = {num_steps} * {config.num_envs} = {rollout}"
     parts = algo.get("num_minibatches", 1)
     least = 2 if algo.get("norm_adv") in (True, "minibatch") else 1
-    fitting = [n for n in range(1, rollout // least + 1) if rollout % n == 0]
-    if not fitting:
+
+    def fits(n: int) -> bool:
+        return n >= 1 and rollout % n == 0 and rollout // n >= least
+
+    if rollout < least:
         why = f"one transition ({size}) cannot be normalised"
         yield Problem("algo.norm_adv", algo["norm_adv"], why, ("algo.num_steps=16",))
-    elif parts not in fitting:
+    elif not fits(parts):
         why = f"does not divide the rollout of {size}"
         if rollout % parts == 0:
             why = f"leaves minibatches of one transition ({size}), whose advantages cannot be normalised"
-        nearest = min(fitting, key=lambda n: (abs(n - parts), n))
+        nearest = next(n for d in itertools.count() for n in (parts - d, parts + d) if fits(n))
         yield Problem("algo.num_minibatches", parts, why, (f"algo.num_minibatches={nearest}",))
     if config.total_timesteps < rollout:
         why = f"is less than one rollout of {size}"
@@ -187,7 +191,7 @@ def wrong_folder(run_dir: Path, given: bool) -> Iterator[Problem]:
             yield Problem("run_dir", run_dir, "is the folder of a run, which resume= continues", command=command)
         else:
             why = "exists already, and two runs never share a folder"
-            yield Problem("run_dir", run_dir, why, (f"run_dir={free_name(run_dir)}",))
+            yield Problem("run_dir", run_dir, why, (f"run_dir={free_name(run_dir)}",) if run_dir.name else ())
         return
     parent = next(p for p in run_dir.absolute().parents if os.path.lexists(p))
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
@@ -223,5 +227,5 @@ def check(config: RunConfig, keys: dict[str, schema.Key]) -> list[Problem]:
     problems += wrong_env(config.env.id)
     if not any(p.key == "device" for p in problems):
         problems += wrong_device(config.device)
-    problems += wrong_folder(Path(config.run_dir or "runs/new"), given=config.run_dir is not None)
+    problems += wrong_folder(Path("runs/new" if config.run_dir is None else config.run_dir), config.run_dir is not None)
     return problems

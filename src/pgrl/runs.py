@@ -122,7 +122,7 @@ def choose_threads(config: RunConfig) -> int:
     if config.threads is not None:
         return config.threads
     network = config.algo.network
-    small = network.body != "cnn" and max([*network.hidden_sizes, *(network.value_hidden_sizes or [])]) <= 128
+    small = network.body != "cnn" and max([*network.hidden_sizes, *(network.value_hidden_sizes or [])]) <= 256
     return 1 if small else os.cpu_count() or 1
 
 
@@ -187,7 +187,9 @@ def headline(config: RunConfig, run: Run, run_dir: Path) -> str:
 def last_words(run_dir: Path, run: Run, warnings: Warnings) -> str:
     """What came out, what went wrong, and what to do next."""
     position, recent = run.position, run.record.recent
-    achieved = f"mean return of the last {len(recent)} episodes {np.mean(recent):,.1f}" if recent else "no episode ended"
+    achieved = (
+        f"mean return of the last {len(recent)} episodes {np.mean(recent):,.1f}" if recent else "no episode ended"
+    )
     speed = position.step / max(position.seconds, 1e-9)
     lines = [
         "",
@@ -196,6 +198,6 @@ def last_words(run_dir: Path, run: Run, warnings: Warnings) -> str:
         *(f"  {count} x {message.splitlines()[0]}" for message, count in list(warnings.messages.items())[:5]),
         "next:",
         f"  python -m pgrl.evaluate run={run_dir}",
-        "  tensorboard --logdir runs",
+        f"  tensorboard --logdir {run_dir}",
     ]
     return "\n".join(lines)

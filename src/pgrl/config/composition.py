@@ -11,6 +11,7 @@ import re
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, NamedTuple
 
 import hydra
@@ -25,13 +26,20 @@ from hydra.plugins.config_source import ConfigResult, ConfigSource
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
-from pgrl import env_ids, schema
-from pgrl.checks import Problem, Wrong, word
-from pgrl.schema import ALGOS, RunConfig, config_dir
+from pgrl import env_ids
+from pgrl.config import schema
+from pgrl.config.checks import Problem, Wrong, word
+from pgrl.config.schema import ALGOS, RunConfig, config_dir
 
 GROUPS = ("algo", "env", "tuned", "experiment", "network")
-TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
-TYPES |= {f"list[{name}]": f"a list such as {example}" for name, example in (("int", "[64,64]"), ("float", "[0.5]"))}
+TYPES = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a text",
+    "list[int]": "a list such as [64,64]",
+    "dict[str, Any]": "a mapping such as {gravity:9.8}",
+}
 
 
 class GymnasiumSource(ConfigSource):
@@ -63,17 +71,29 @@ def family(env_id: str) -> str:
     return re.sub(r"-v\d+$", "", env_id)
 
 
-@contextmanager
-def hydra_ready() -> Iterator[Any]:
-    """Hydra, knowing the schemas, the envs, and where the YAML files are."""
+@cache
+def register() -> None:
+    """Tell Hydra of the schemas and the envs, once."""
     Plugins.instance().register(GymnasiumSource)
     store = ConfigStore.instance()
     store.store(group="schema", name="run", node=RunConfig, package="_global_")
     for name, cls in ALGOS.items():
         store.store(group="schema", name=name, node=cls, package="algo")
     OmegaConf.register_new_resolver("family", family, replace=True)
-    with hydra.initialize_config_dir(str(config_dir()), job_name="train", version_base="1.3"):
-        yield GlobalHydra.instance().hydra
+
+
+@contextmanager
+def hydra_ready() -> Iterator[Any]:
+    """Hydra, knowing the schemas, the envs, and where the YAML files are."""
+    register()
+    outer = GlobalHydra.instance().hydra  # of the sweep that this is a part of
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(config_dir()), job_name="train", version_base="1.3"):
+            yield GlobalHydra.instance().hydra
+    finally:
+        if outer is not None:
+            GlobalHydra.instance().initialize(outer)
 
 
 def key_of(text: str) -> str:
@@ -109,13 +129,15 @@ def for_hydra(overrides: Sequence[Override], multirun: bool = False) -> list[str
     for o in overrides:
         text = str(o.input_line)
         key, given = key_of(text), text.partition("=")[2]
+        # a sweep's keys are known to be right, and read better without
+        plus = "" if key in GROUPS or (multirun and not key.startswith("env.kwargs")) else "++"
         if key.startswith("hydra"):
             words.append(text)
         elif o.is_sweep_override():
             if not multirun:
                 command = "python -m pgrl.train -m " + shlex.join(str(o.input_line) for o in overrides)
                 raise Wrong(Problem(key, given, "gives several values, which needs -m", command=command))
-            words.append(f"{key}={given}" if key in GROUPS else f"++{key}={given}")
+            words.append(f"{plus}{key}={given}")
         elif not key:
             raise Wrong(Problem(text, None, "names no key"))
         elif key in GROUPS and (o.is_delete() or o.value() in (None, "")):
@@ -129,7 +151,7 @@ def for_hydra(overrides: Sequence[Override], multirun: bool = False) -> list[str
                 raise Wrong(Problem(key, given, "there are no tuned settings of this name", ("tuned=null",)))
             words.append(f"{key}={given}" if isinstance(o.value(), str) else f"{key}='{given}'")
         else:
-            words.append(f"++{key}={given}")
+            words.append(f"{plus}{key}={given}")
     return words
 
 
@@ -195,7 +217,7 @@ def explain(error: Exception, given: dict[str, str], keys: dict[str, schema.Key]
             why = f"does not have {in_yaml[1]}, which experiment={given['experiment']} sets"
             return Wrong(Problem("algo", algo, why))
         key = next((key for key in given if key and key in text), "command")
-        return Wrong(Problem(key, given.get(key), text))
+        return Wrong(Problem(key, given.get(key), "there is no such key" if "force-add" in text else text))
     full = re.sub(r"\[\d+\]", "", str(cause.full_key))
     key = full if full in given else next((k for k in given if full.startswith(f"{k}.")), full)
     value = given.get(key)
@@ -215,7 +237,9 @@ def misspelt(key: str, given: dict[str, str], keys: dict[str, schema.Key]) -> Pr
     """An unknown key, with the known ones that come nearest."""
     last = {known.rpartition(".")[2]: known for known in [*GROUPS, *reversed(keys)]}
     near = [last[name] for name in difflib.get_close_matches(key.rpartition(".")[2], last, n=3, cutoff=0.7)]
-    why = "there is no such key" + (f"; did you mean {' or '.join(near)}" if near else "")
+    owners = [f"algo={name}" for name, cls in ALGOS.items() if key in schema.keys(RunConfig, cls) and key not in keys]
+    why = f"there is no such key{f', but for {owners[0]}' if owners else ''}"
+    why += f"; did you mean {' or '.join(near)}" if near else ""
     source = key if key in given else next((k for k in given if key.startswith(f"{k}.")), key)
     if source != key:
         return Problem(source, given.get(source), f"{key}: {why}")
@@ -242,13 +266,16 @@ def jobs(words: Sequence[str]) -> list[list[str]]:
     """The command lines of a sweep, one for each combination of its values."""
     overrides, axes = parse(words), []
     for_hydra(overrides, multirun=True)
-    for o in overrides:
-        if not o.is_sweep_override() or str(o.input_line).startswith("hydra"):
-            axes.append([str(o.input_line)])
-        elif not o.is_discrete_sweep():
-            raise Wrong(Problem(o.key_or_group, o.value(), "needs a sweeper that can search"))
-        else:
-            values = list(o.sweep_string_iterator())
+    with hydra_ready() as ready:
+        for o in overrides:
+            o.config_loader = ready.config_loader
+            if not o.is_sweep_override() or str(o.input_line).startswith("hydra"):
+                axes.append([str(o.input_line)])
+                continue
+            try:
+                values = list(o.sweep_string_iterator())
+            except HydraException as error:
+                raise explain(error, values_of(words)) from error
             if o.key_or_group in GROUPS and "null" in values:
                 raise Wrong(Problem(o.key_or_group, ",".join(values), "null cannot be among the values of a sweep"))
             axes.append([f"{o.get_key_element()}={value}" for value in values])

@@ -1,0 +1,47 @@
+"""docs/algorithms.md lists every key of every algorithm with its default."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pgrl.agents import A2CConfig, PPOConfig
+from pgrl.agents.on_policy import OnPolicyConfig
+from pgrl.networks import NetworkConfig, PolicyConfig
+
+PAGE = (Path(__file__).parents[1] / "docs" / "algorithms.md").read_text(encoding="utf-8")
+HEADINGS: dict[str, type] = {
+    "Every on-policy algorithm": OnPolicyConfig,
+    "Networks: `algo.network.*`": NetworkConfig,
+    "Policies: `algo.policy.*`": PolicyConfig,
+    "PPO": PPOConfig,
+    "A2C": A2CConfig,
+}
+
+
+def table(heading: str) -> dict[str, Any]:
+    """The keys and defaults under a heading."""
+    section = re.split(r"^#+ ", PAGE.split(f"# {heading}\n", 1)[1], maxsplit=1, flags=re.MULTILINE)[0]
+    rows = re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", section, re.MULTILINE)
+    return {key: yaml.safe_load(re.sub(r"^(\d+)(e-?\d+)$", r"\1.0\2", default)) for key, default in rows}
+
+
+def defaults(cls: type) -> dict[str, Any]:
+    """The keys and defaults of a config class that it does not merely inherit, without nested configs."""
+    inherited = {} if cls is OnPolicyConfig or not issubclass(cls, OnPolicyConfig) else defaults(OnPolicyConfig)
+    found = {}
+    for f in fields(cls):
+        value = f.default if f.default_factory is MISSING else f.default_factory()
+        if not is_dataclass(value) and not (f.name in inherited and inherited[f.name] == value):
+            found[f.name] = value
+    return found
+
+
+@pytest.mark.parametrize("heading", HEADINGS)
+def test_keys_and_defaults(heading: str) -> None:
+    assert table(heading) == defaults(HEADINGS[heading])

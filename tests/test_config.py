@@ -1,0 +1,449 @@
+"""The configuration: schemas, files, their order, sweeps, and the folders of runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+import subprocess
+import sys
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import pgrl.functional
+import pgrl.networks
+from pgrl import config
+from pgrl.agents import AGENTS, A2CConfig, PPOConfig
+from pgrl.config import RunConfig, checks, composition, schema
+from pgrl.config.checks import Wrong
+from pgrl.envs.base import EnvConfig
+from pgrl.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+TUNED = sorted(path.relative_to(ROOT / "configs/tuned") for path in (ROOT / "configs/tuned").rglob("*-v*.yaml"))
+ENVS = """CartPole-v1 Acrobot-v1 MountainCar-v0 Pendulum-v1 MountainCarContinuous-v0 LunarLander-v3
+LunarLanderContinuous-v3 HalfCheetah-v4 HalfCheetah-v5 Hopper-v4 Hopper-v5 Walker2d-v4 Walker2d-v5 Ant-v4 Ant-v5
+Humanoid-v4 Humanoid-v5 InvertedPendulum-v4 InvertedPendulum-v5 InvertedDoublePendulum-v4 InvertedDoublePendulum-v5
+Swimmer-v4 Swimmer-v5 Reacher-v4 Reacher-v5""".split()
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of configs/ to change."""
+    copy = tmp_path / "configs"
+    shutil.copytree(ROOT / "configs", copy)
+    for module in (config, composition):
+        monkeypatch.setattr(module, "config_dir", lambda: copy)
+    return copy
+
+
+def add(configs: Path, name: str, text: str) -> None:
+    path = configs / f"{name}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def leaves(words: list[str]) -> dict[str, Any]:
+    return dict(schema.leaves(config.checked(words)))
+
+
+# ------------------------------------------------------------------------------------------------------------- schema
+
+
+@pytest.mark.parametrize("cls", [*AGENTS, EnvConfig, pgrl.networks.NetworkConfig, pgrl.networks.PolicyConfig])
+def test_schema_is_the_dataclass_of_the_module(cls: type) -> None:
+    own = schema.ALGOS.get(cls.__name__.removesuffix("Config").lower()) or getattr(schema._module, cls.__name__)
+    assert own is not cls and [f.name for f in dataclasses.fields(own)] == [f.name for f in dataclasses.fields(cls)]
+    assert [f.type for f in dataclasses.fields(own)] == [f.type for f in dataclasses.fields(cls)]
+    assert schema.real(own()) == cls() and type(schema.real(own())) is cls
+
+
+def test_every_algorithm_has_a_schema_and_an_agent() -> None:
+    assert [agent.name for agent in AGENTS.values()] == list(map(schema.algo_name, (cls() for cls in AGENTS)))
+    assert {agent.name for agent in AGENTS.values()} == schema.ALGOS.keys()
+
+
+def test_choices_are_those_of_the_code() -> None:
+    assert set(checks.CHOICES["activation"]) == set(pgrl.networks.ACTIVATIONS)
+    for key, known in (("body", "BODIES"), ("init", "INITS"), ("distribution", "DISTRIBUTIONS")):
+        assert set(checks.CHOICES[key]) == set(getattr(pgrl.networks, known))
+    assert set(checks.CHOICES["advantage"]) == set(pgrl.functional.ADVANTAGES)
+
+
+@pytest.mark.parametrize("algo", schema.ALGOS)
+def test_every_number_has_a_range_and_every_text_its_choices(algo: str) -> None:
+    free = {"ent_coef", "ent_coef_final", "log_std_init", "id", "run_dir", "resume"}  # any finite number, any text
+    for key, (kind, _) in schema.keys(RunConfig, schema.ALGOS[algo]).items():
+        name = key.rpartition(".")[2]
+        if re.match(r"int|float|str|list", kind) and name not in free:
+            assert name in checks.RULES or name in checks.CHOICES, key
+
+
+@pytest.mark.parametrize("algo", schema.ALGOS)
+def test_defaults_are_valid(algo: str) -> None:
+    assert config.checked([f"algo={algo}", "tuned=null"]).algo == schema.ALGOS[algo]()
+
+
+def test_composition_does_not_import_torch() -> None:
+    code = "import sys; from pgrl import config; config.checked(['env=Hopper-v4']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_types_resolve_to_those_the_agents_use() -> None:
+    run = config.compose(["algo=a2c", "env=Pendulum-v1", "algo.network.hidden_sizes=[8]"])
+    assert type(run.algo) is A2CConfig and type(run.env) is EnvConfig
+    assert type(run.algo.network) is pgrl.networks.NetworkConfig and run.algo.network.hidden_sizes == [8]
+    assert typing.get_type_hints(type(run.algo))
+
+
+# -------------------------------------------------------------------------------------------------------------- files
+
+
+def test_issue_names_these_tuned_envs() -> None:
+    assert {str(path.with_suffix("")) for path in TUNED} == {f"{algo}/{env}" for algo in ("a2c", "ppo") for env in ENVS}
+
+
+def tree_of(path: Path) -> dict[str, Any]:
+    return yaml.safe_load((ROOT / "configs/tuned" / path).read_text())
+
+
+PLAIN = [path for path in TUNED if set(tree_of(path)) == {"defaults"}]  # only take another's settings
+
+
+@pytest.mark.parametrize("path", [path for path in TUNED if path not in PLAIN[1:]], ids=str)
+def test_tuned_file_composes(path: Path) -> None:
+    tuned = config.checked([f"algo={path.parent}", f"env={path.stem}"])
+    assert schema.algo_name(tuned.algo) == str(path.parent) and tuned.env.id == path.stem
+
+
+def test_tuned_files_take_others_that_exist_and_v5_those_of_v4() -> None:
+    for path in TUNED:
+        taken = [entry for entry in tree_of(path).get("defaults", []) if entry != "_self_"]
+        assert all((ROOT / f"configs{entry}.yaml").is_file() for entry in taken), path
+        v4 = str(path.with_suffix("")).replace("-v5", "-v4")
+        assert not path.stem.endswith("-v5") or f"/tuned/{v4}" in taken
+
+
+@pytest.mark.parametrize("path", TUNED, ids=str)
+def test_tuned_files_repeat_no_default(path: Path) -> None:
+    tree, keys = tree_of(path), schema.keys(RunConfig, schema.ALGOS[str(path.parent)])
+    alone = tree.pop("defaults", None) is None
+    for key in composition.flat(tree, keys):
+        value: Any = tree
+        for part in key.split("."):
+            value = value[part]
+        assert key in keys, key
+        assert not alone or as_number(value) != keys[key].default, key
+
+
+def as_number(value: Any) -> Any:
+    """The number in a text: YAML 1.1 takes 1e-3 for one."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def test_misspelt_and_mistyped_keys_in_files_are_refused(configs: Path) -> None:
+    add(configs, "tuned/ppo/Acrobot-v1", "# @package _global_\nalgo:\n  gama: 0.9\n")
+    with pytest.raises(UserError, match="gama"):
+        config.compose(["env=Acrobot-v1"])
+    add(configs, "tuned/ppo/Acrobot-v1", "# @package _global_\nalgo:\n  gamma: high\n")
+    with pytest.raises(UserError, match="gamma"):
+        config.compose(["env=Acrobot-v1"])
+
+
+def test_later_files_win(configs: Path) -> None:
+    words = ["env=Acrobot-v1"]
+    (configs / "tuned/ppo/Acrobot-v1.yaml").unlink()
+    assert leaves(words)["algo.vf_coef"] == schema.ALGOS["ppo"]().vf_coef
+    add(configs, "algo/ppo", "defaults:\n  - /schema/ppo\n  - _self_\nvf_coef: 1\n")
+    assert leaves(words)["algo.vf_coef"] == 1
+    names = ["env/Acrobot-v1", "tuned/ppo/Acrobot-v1", "experiment/mine", "network/mine"]
+    for number, name in enumerate(names, 2):
+        env = "env:\n  id: Acrobot-v1\n" if name.startswith("env") else ""
+        add(configs, name, f"# @package _global_\n{env}algo:\n  vf_coef: {number}\n")
+        words += [f"{name.replace('/', '=')}"] if name.endswith("mine") else []
+        assert leaves(words)["algo.vf_coef"] == number, name
+    assert leaves([*words, "algo.vf_coef=9"])["algo.vf_coef"] == 9
+
+
+def test_tuned_settings_can_be_left_out_or_borrowed() -> None:
+    tuned, plain = leaves(["env=CartPole-v1"]), leaves(["env=CartPole-v1", "tuned=null"])
+    assert tuned["num_envs"] != 1 and plain["num_envs"] == 1
+    assert leaves(["env=CartPole-v1", "~tuned"]) == plain
+    assert leaves(["env=Acrobot-v1", "tuned=ppo/CartPole-v1"]) | {"env.id": "CartPole-v1"} == tuned
+
+
+def test_network_is_a_choice() -> None:
+    cnn = leaves(["network=cnn"])
+    assert cnn["algo.network.body"] == "cnn" and cnn["algo.network.shared"]
+    assert leaves(["network=mlp"])["algo.network.body"] == "mlp"
+    assert leaves(["network=null", "experiment=null"])["algo.network.body"] == "auto"
+
+
+def test_any_prefix_of_an_override_does() -> None:
+    for seed, kwargs in (
+        ("seed=3", "env.kwargs={g: 9}"),
+        ("+seed=3", "env.kwargs.g=9"),
+        ("++seed=3", "+env.kwargs.g=9"),
+    ):
+        values = leaves(["env.id=Acrobot-v1", seed, kwargs])
+        assert (values["seed"], values["env.kwargs"]) == (3, {"g": 9})
+        assert values["num_envs"] == 16  # env.id= finds the tuned file as env= does
+
+
+def test_value_may_refer_to_another() -> None:
+    assert leaves(["seed=7", "run_dir=runs/s${seed}"])["run_dir"] == "runs/s7"
+
+
+# ---------------------------------------------------------------------------------------------------------------- env
+
+
+def test_env_of_a_package_needs_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = """
+import gymnasium
+from gymnasium.envs.classic_control import CartPoleEnv
+gymnasium.register("MyCartPole-v0", CartPoleEnv, max_episode_steps=9)
+"""
+    (tmp_path / "a_package_of_mine.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert config.checked(["env=a_package_of_mine:MyCartPole-v0"]).env.id == "a_package_of_mine:MyCartPole-v0"
+    swept = composition.jobs(["env=a_package_of_mine:MyCartPole-v0,CartPole-v1"])
+    assert config.checked(swept[0]).env.id == "a_package_of_mine:MyCartPole-v0" and swept[1] == ["env=CartPole-v1"]
+    with pytest.raises(Wrong, match="a_package_of_mine:MyKartPole-v0"):
+        config.checked(["env=a_package_of_mine:MyKartPole-v0"])
+
+
+def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pgrl import env_ids
+
+    monkeypatch.setattr(env_ids, "find_spec", lambda name: None)
+    for env_id, package in (
+        ("Hopper-v4", "'pgrl[mujoco]'"),
+        ("LunarLander-v3", "'pgrl[box2d]'"),
+        ("ALE/Pong-v5", "ale-py"),
+    ):
+        with pytest.raises(UserError, match=re.escape(f"pip install {package}")):
+            config.compose([f"env={env_id}"])
+
+
+def test_composed_choices_name_a_slashed_env() -> None:
+    assert composition.compose(["env=ALE/Pong-v5"]).config.env.id == "ALE/Pong-v5"
+
+
+# -------------------------------------------------------------------------------------------------------- experiments
+
+# arXiv 2005.12729, appendix A.1, and the authors' code: returns?, init, annealed?, value clip, policy and value rates,
+# reward and obs clip, lambda, entropy, gradient clip
+ENGSTROM = {
+    ("engstrom_ppo", "Walker2d"): (True, "orthogonal", True, 0.2, 4e-4, 3e-4, 10, 10, 0.95, 0, None),
+    ("engstrom_ppo", "Hopper"): (True, "orthogonal", True, None, 3e-4, 2.5e-4, 10, 10, 0.95, 0, None),
+    ("engstrom_ppo", "Humanoid"): (True, "orthogonal", True, 0.2, 1.5e-4, 1e-4, 10, 10, 0.95, 0, None),
+    ("engstrom_ppo_m", "Walker2d"): (False, "xavier", False, None, 1e-4, 2e-4, None, None, 0.95, 0, None),
+    ("engstrom_ppo_m", "Hopper"): (False, "xavier", False, None, 1.7e-4, 4e-4, None, None, 0.95, 0, None),
+    ("engstrom_ppo_m", "Humanoid"): (False, "xavier", False, None, 9e-5, 4e-4, None, None, 0.95, 0, None),
+    ("engstrom_ppo_noclip", "Walker2d"): (False, "orthogonal", True, None, 7.25e-5, 6e-4, 30, None, 0.85, -0.01, 0.1),
+    ("engstrom_ppo_noclip", "Hopper"): (False, "orthogonal", True, None, 6e-5, 4e-4, 2.5, 10, 0.925, -0.005, 4),
+    ("engstrom_ppo_noclip", "Humanoid"): (True, "xavier", False, 0.2, 2e-5, 5e-5, 10, 10, 0.85, 0.005, 0.5),
+}
+COLUMNS = """norm_reward network.init anneal_lr vf_clip_coef learning_rate value_learning_rate clip_reward clip_obs
+gae_lambda ent_coef max_grad_norm""".split()
+COMMON = {
+    "total_timesteps": 999_424,
+    "num_envs": 1,
+    "algo.num_steps": 2048,
+    "algo.update_epochs": 10,
+    "algo.num_minibatches": 32,
+    "algo.gamma": 0.99,
+    "algo.adam_eps": 1e-5,
+    "algo.norm_obs": True,
+    "algo.norm_adv": "minibatch",
+    "algo.bootstrap_truncated": False,
+    "algo.clip_grad_per_network": True,
+    "algo.network.hidden_sizes": [64, 64],
+    "algo.network.activation": "tanh",
+    "algo.network.shared": False,
+    "algo.network.policy_gain": 0.01,
+    "algo.network.value_gain": 1.0,
+    "algo.policy.log_std_init": 0.0,
+    "algo.policy.state_dependent_std": False,
+    "algo.policy.rescale": False,
+}
+
+
+@pytest.mark.parametrize("experiment, family", ENGSTROM, ids=str)
+def test_engstrom_is_the_table_and_nothing_tuned_leaks_in(experiment: str, family: str, configs: Path) -> None:
+    keys = {k: v for k, v in schema.keys(RunConfig, schema.ALGOS["ppo"]).items() if k.startswith("algo.")}
+    hostile = {"int": 17, "float": 0.1234, "str": "x", "list[int]": [3]}
+    lines: dict[str, Any] = {"num_envs": 17, "total_timesteps": 17}
+    for key, (kind, default) in keys.items():
+        *parents, name = key.split(".")
+        place = lines
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[name] = not default if kind == "bool" else hostile[kind.removesuffix(" | None")]
+    add(configs, f"tuned/ppo/{family}-v5", "# @package _global_\n" + yaml.safe_dump(lines))
+
+    values = leaves([f"env={family}-v5", f"experiment={experiment}"])
+    assert {key: values[key] for key in COMMON} == COMMON
+    row = ENGSTROM[experiment, family]
+    assert {key: values[f"algo.{key}"] for key in COLUMNS} == dict(zip(COLUMNS, row, strict=True))
+    assert values["algo.clip_coef"] == (None if experiment.endswith("noclip") else 0.2)
+    named = {*COMMON, "algo.clip_coef", *(f"algo.{key}" for key in COLUMNS)}
+    rest = {key: default for key, (_, default) in keys.items() if key not in named}
+    rest |= {"algo.network.body": "mlp", "algo.vf_coef": 2.0}  # their value loss is not halved
+    assert {key: values[key] for key in rest} == rest
+
+
+@pytest.mark.parametrize("experiment", ["cleanrl_ppo", "cleanrl_ppo_discrete"])
+def test_cleanrl_is_its_own_config_whatever_is_tuned(experiment: str) -> None:
+    values = leaves([f"experiment={experiment}", "env=CartPole-v1"])
+    assert values | {"env.id": "Acrobot-v1"} == leaves([f"experiment={experiment}", "env=Acrobot-v1"])
+    expected = {"num_envs": 1, "algo.num_steps": 2048, "algo.num_minibatches": 32, "algo.update_epochs": 10}
+    if experiment == "cleanrl_ppo_discrete":
+        expected = {"num_envs": 4, "algo.num_steps": 128, "algo.num_minibatches": 4, "algo.update_epochs": 4}
+    assert {key: values[key] for key in expected} == expected
+
+
+# ------------------------------------------------------------------------------------------------------------- sweeps
+
+
+def test_sweep_is_the_product_of_its_values() -> None:
+    swept = composition.jobs(["algo=ppo,a2c", "env=CartPole-v1", "seed=range(1,4)", "algo.network.hidden_sizes=[8,8]"])
+    expected = [[f"algo={algo}", "env=CartPole-v1", f"seed={seed}", "algo.network.hidden_sizes=[8,8]"]
+                for algo in ("ppo", "a2c") for seed in (1, 2, 3)]  # fmt: skip
+    assert swept == expected
+
+
+def test_sweep_runs_every_combination_and_leaves_one_file(tmp_path: Path) -> None:
+    met: list[RunConfig] = []
+    config.main(["-m", "env=CartPole-v1,Acrobot-v1", "env.kwargs={}"], met.append)
+    assert [(type(run.algo), run.env.id) for run in met] == [(PPOConfig, "CartPole-v1"), (PPOConfig, "Acrobot-v1")]
+    assert {run.num_envs for run in met} == {8, 16}  # each with its own tuned file
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["multirun.yaml"]
+    assert next(tmp_path.glob("runs/sweeps/*/multirun.yaml"))
+
+
+def test_sweep_is_checked_before_its_first_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    met: list[RunConfig] = []
+    with pytest.raises(SystemExit) as caught:
+        config.main(["-m", "seed=1,2", "algo.gamma=0.9,7"], met.append)
+    assert caught.value.code == 2 and not met and not any(tmp_path.iterdir())
+    assert "algo.gamma=7" in capsys.readouterr().err
+
+
+def test_mistake_inside_a_job_of_a_sweep_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    def job(run: RunConfig) -> None:
+        raise UserError(f"no: {run.seed}")
+
+    with pytest.raises(SystemExit) as caught:
+        config.main(["-m", "seed=1,2"], job)
+    assert caught.value.code == 2 and "no: 1" in capsys.readouterr().err
+
+
+def test_single_run_leaves_nothing_behind(tmp_path: Path) -> None:
+    config.main(["seed=2"], lambda run: None)
+    assert not any(tmp_path.iterdir())
+
+
+def test_answers_without_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for option in (["--cfg", "job", "algo=a2c", "seed=5"], ["--help"], ["--envs"]):
+        config.main(option, lambda run: pytest.fail("ran"))
+        text = capsys.readouterr().out
+        if option[0] == "--cfg":
+            printed = yaml.safe_load(text)
+            assert printed["algo"]["name"] == "a2c" and printed["seed"] == 5
+            (tmp_path / "config.yaml").write_text(text)
+            assert config.load_run(tmp_path).seed == 5
+        elif option[0] == "--help":
+            named = {f.name for f in dataclasses.fields(RunConfig)} | {"tuned", "experiment", "network"}
+            assert all(f"{name}=" in text for name in named - {"algo", "env"}) and "algo=" in text
+            assert len(text.splitlines()) <= 40 and max(map(len, text.splitlines())) <= 110
+        else:
+            assert {"CartPole-v1", "Hopper-v5"} <= set(text.split()) and "Hopper-v3" not in text.split()
+
+
+# -------------------------------------------------------------------------------------------------------- run folders
+
+
+def test_default_folders_are_unique_and_safe() -> None:
+    run = config.compose(["seed=3"])
+    folders = {config.new_run_dir(run) for _ in range(500)}
+    assert len(folders) == 500
+    assert all(
+        re.fullmatch(r"runs/ppo/CartPole-v1/\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_seed3_[0-9a-f]{6}", str(f)) for f in folders
+    )
+    run.env.id = "pack.age:ALE/Pong-v5"
+    assert config.new_run_dir(run).parent == Path("runs/ppo/pack.age_ALE_Pong-v5")
+    run.run_dir = "here"
+    assert config.new_run_dir(run) == Path("here")
+
+
+@pytest.mark.parametrize(
+    "words", [["algo=a2c", "env=Hopper-v5"], ["env=Acrobot-v1", "env.kwargs={a: [1, x]}", "threads=2"]]
+)
+def test_saved_config_loads_equal(words: list[str], tmp_path: Path) -> None:
+    run = config.compose(words)
+    (tmp_path / "config.yaml").write_text(config.save_config(run))
+    assert config.load_run(tmp_path) == run
+
+
+def stopped_run(folder: Path, *words: str, state: str = "stopped", step: int = 51_200) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(config.save_config(config.compose(words)))
+    (folder / "status.json").write_text(f'{{"state": "{state}", "step": {step}}}')
+    return folder
+
+
+def test_resume_takes_the_saved_config_and_few_changes(tmp_path: Path) -> None:
+    folder = stopped_run(tmp_path / "run", "algo=a2c", "env=Acrobot-v1", "seed=9")
+    run = config.compose([f"resume={folder}"])
+    expected = config.load_run(folder)
+    expected.resume = expected.run_dir = str(folder)
+    assert run == expected and run.seed == 9 and type(run.algo) is A2CConfig
+    run = config.compose(
+        [f"resume={folder}", "total_timesteps=2000000", "save_every=7", "tensorboard=false", "threads=1"]
+    )
+    assert (run.total_timesteps, run.save_every, run.tensorboard, run.threads, run.seed) == (2_000_000, 7, False, 1, 9)
+
+
+def test_done_run_goes_on_only_if_made_longer(tmp_path: Path) -> None:
+    folder = stopped_run(tmp_path / "run", state="done", step=99_840)
+    with pytest.raises(UserError, match="is done.*\n.*total_timesteps=200000"):
+        config.compose([f"resume={folder}"])
+    assert config.compose([f"resume={folder}", "total_timesteps=200000"]).total_timesteps == 200_000
+
+
+def test_command_lines_of_evaluate(tmp_path: Path) -> None:
+    folder = stopped_run(tmp_path / "run")
+    assert config.evaluate_config([f"run={folder}"]) == config.EvaluateConfig(str(folder))
+    options = config.evaluate_config([f"run={folder}", "episodes=3", "seed=4", "checkpoint=100"])
+    assert options == config.EvaluateConfig(str(folder), 3, 4, "100")
+
+
+def test_config_dir_holds_the_files() -> None:
+    assert config.config_dir() == ROOT / "configs"
+    assert {path.stem for path in (config.config_dir() / "algo").glob("*.yaml")} == schema.ALGOS.keys()
+
+
+def test_docs_name_every_top_level_key() -> None:
+    page = (ROOT / "docs/configuration.md").read_text()
+    for key in schema.keys(RunConfig, None):
+        assert f"`{key}" in page, key
+
+
+def test_threads_of_torch_are_left_alone() -> None:
+    before = torch.get_num_threads()
+    config.compose(["threads=7"])
+    assert torch.get_num_threads() == before
