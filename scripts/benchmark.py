@@ -73,12 +73,21 @@ SUITES = (
     Suite("ppo-pendulum", "ppo", "Pendulum-v1", 300_000, -200, -172.2, ZOO_100K),
     Suite("ppo-lunarlander", "ppo", "LunarLander-v3", 1_000_000, 220, 242.1, ZOO + ", LunarLander-v2"),
     Suite("ppo-mountaincar-continuous", "ppo", "MountainCarContinuous-v0", 100_000, 85, 88.3, ZOO_20K),
-    Suite("ppo-halfcheetah", "ppo", "HalfCheetah-v4", 1_000_000, 4000, 5780, BEST),
-    Suite("ppo-hopper", "ppo", "Hopper-v4", 1_000_000, 2520, 2513, ENGSTROM),
-    Suite("ppo-walker2d", "ppo", "Walker2d-v4", 1_000_000, 3300, 3494, BEST),
-    Suite("ppo-inverted-double-pendulum", "ppo", "InvertedDoublePendulum-v4", 1_000_000, 8700, 8695, BEST),
+    Suite("ppo-halfcheetah", "ppo", "HalfCheetah-v4", 1_000_000, 4000, 5780, BEST, extra=("compile=true",)),
+    Suite("ppo-hopper", "ppo", "Hopper-v4", 1_000_000, 2520, 2513, ENGSTROM, extra=("compile=true",)),
+    Suite("ppo-walker2d", "ppo", "Walker2d-v4", 1_000_000, 3300, 3494, BEST, extra=("compile=true",)),
+    Suite(
+        "ppo-inverted-double-pendulum",
+        "ppo",
+        "InvertedDoublePendulum-v4",
+        1_000_000,
+        8700,
+        8695,
+        BEST,
+        extra=("compile=true",),
+    ),
     Suite("a2c-cartpole", "a2c", "CartPole-v1", 500_000, 500, 500, ZOO_500K),
-    Suite("a2c-halfcheetah", "a2c", "HalfCheetah-v4", 1_000_000, 1900, 1936, BEST),
+    Suite("a2c-halfcheetah", "a2c", "HalfCheetah-v4", 1_000_000, 1900, 1936, BEST, extra=("compile=true",)),
 )
 
 

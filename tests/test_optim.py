@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Generator, Tensor, nn
 
-from pgrl.optim import Adam, GradientStep, RMSProp, clip_norm
+from pgrl.optim import Adam, GradientStep, RMSProp, global_norm
 
 
 class Batch(NamedTuple):
@@ -55,7 +55,7 @@ def test_adam_is_torchs(factor: float, limit: float | None, per_group: bool) -> 
     step = GradientStep(
         ours.loss,
         ours.groups(factor),
-        partial(Adam, eps=1e-5, betas=(0.8, 0.95)),
+        partial(Adam, eps=1e-5, beta1=0.8, beta2=0.95),
         max_grad_norm=limit,
         clip_per_group=per_group,
     )
@@ -73,8 +73,10 @@ def test_adam_is_torchs(factor: float, limit: float | None, per_group: bool) -> 
         for group, f in zip(adam.param_groups, (1.0, factor), strict=True):
             group["lr"] = lr * f
         adam.step()
-        torch.testing.assert_close(metrics, torch.cat([expected, norm.unsqueeze(0)]), rtol=1e-9, atol=1e-12)
-        torch.testing.assert_close(ours.flat(), theirs.flat(), rtol=1e-9, atol=1e-11)
+        # the kernel's divisor is of float32
+        precision = {"rtol": 1e-9, "atol": 1e-11} if limit is None else {"rtol": 1e-6, "atol": 1e-7}
+        torch.testing.assert_close(metrics, torch.cat([expected, norm.unsqueeze(0)]), **precision)
+        torch.testing.assert_close(ours.flat(), theirs.flat(), **precision)
 
 
 @pytest.mark.parametrize("limit", [None, 0.5])
@@ -97,32 +99,28 @@ def test_rmsprop_is_its_formula(limit: float | None) -> None:
 
 
 def test_adam_corrects_its_moments_after_many_steps() -> None:
-    """beta ** steps is kept in double precision, so that single-precision moments lose nothing."""
-    adam = Adam(torch.zeros(3), eps=1e-8)
-    theirs = nn.Parameter(torch.zeros(3))
+    """Fused and written out, as the compiler takes it, in single precision."""
+    fused, written, theirs = torch.zeros(3), torch.zeros(3), nn.Parameter(torch.zeros(3))
+    adam, other = Adam([fused]), Adam([written])
     reference = torch.optim.Adam([theirs], lr=1e-3)
-    position, generator = torch.zeros(3), Generator().manual_seed(2)
+    generator, lr, divisor = Generator().manual_seed(2), torch.tensor(1e-3), torch.tensor(2.0)
     for _ in range(1500):
-        theirs.grad = torch.randn(3, generator=generator)
-        position += adam(theirs.grad.clone(), torch.tensor(1e-3))
+        gradient = torch.randn(3, generator=generator)
+        theirs.grad = gradient / 2
+        adam([gradient.clone()], lr, divisor)
+        other._written_out([gradient.clone()], lr, divisor)
         reference.step()
-    torch.testing.assert_close(position, theirs.detach(), rtol=1e-4, atol=1e-6)
-    assert adam.decay.dtype == torch.float64
-    torch.testing.assert_close(adam.decay[1].item(), 0.999**1500, rtol=1e-10, atol=0)
+    torch.testing.assert_close(fused, theirs.detach(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(written, theirs.detach(), rtol=1e-4, atol=1e-6)
 
 
-def test_clip_norm() -> None:
-    grad = torch.tensor([3.0, 4.0])
-    clipped, norm = clip_norm(grad, 1.0)
-    assert norm == 5
-    torch.testing.assert_close(clipped, grad / 5, rtol=1e-6, atol=0)
-    assert torch.equal(clip_norm(grad, 10.0)[0], grad)  # never made longer
-    assert torch.equal(clip_norm(torch.zeros(2), 1.0)[0], torch.zeros(2))
+def test_global_norm() -> None:
+    assert global_norm([torch.tensor([[3.0]]), torch.tensor([0.0, 4.0])]) == 5
 
 
 @pytest.mark.parametrize("optimiser", [Adam, RMSProp])
 @pytest.mark.parametrize("factor", [1.0, 3.0])
-def test_groups_have_their_own_rate(optimiser: Callable[[Tensor], Any], factor: float) -> None:
+def test_groups_have_their_own_rate(optimiser: Callable[[Sequence[Tensor]], Any], factor: float) -> None:
     """Without clipping, a group's step is its rate's factor times the step it would have taken."""
     plain, scaled = Regression(), Regression()
     start = plain.flat()
@@ -145,7 +143,7 @@ def test_gradients_never_reach_grad() -> None:
 
 
 @pytest.mark.parametrize("optimiser", [Adam, RMSProp])
-def test_state_continues_bit_for_bit(optimiser: Callable[[Tensor], Any]) -> None:
+def test_state_continues_bit_for_bit(optimiser: Callable[[Sequence[Tensor]], Any]) -> None:
     data, lr = batches(20), torch.tensor(0.01, dtype=torch.float64)
     model = Regression()
     step = GradientStep(model.loss, model.groups(0.5), optimiser, max_grad_norm=0.5)
@@ -163,8 +161,9 @@ def test_state_continues_bit_for_bit(optimiser: Callable[[Tensor], Any]) -> None
     for batch in data[10:]:
         resumed(batch, lr, SCALARS)
     assert torch.equal(other.flat(), model.flat())
-    for name, tensor in step.state_dict().items():
-        assert torch.equal(tensor, resumed.state_dict()[name]), name
+    for group, moments in step.state_dict().items():
+        for name, tensors in moments.items():
+            assert all(map(torch.equal, tensors, resumed.state_dict()[group][name])), name
 
 
 def test_state_is_copied_in() -> None:
@@ -174,4 +173,4 @@ def test_state_is_copied_in() -> None:
     state = copy.deepcopy(step.state_dict())
     step.load_state_dict(state)
     step(batches(1)[0], torch.tensor(0.01, dtype=torch.float64), SCALARS)
-    assert (state["m"] == 0).all() and (step.state_dict()["m"] != 0).any()
+    assert (state["0"]["m"][0] == 0).all() and (step.state_dict()["0"]["m"][0] != 0).any()

@@ -20,6 +20,7 @@ from pgrl.signals import Signals, Stop
 from pgrl.train import due
 
 PPO = ["algo=ppo", "env=CartPole-v1", "num_envs=4", "algo.num_steps=32", "algo.num_minibatches=4", "seed=3"]
+PPO += ["algo.update_epochs=4"]
 A2C = ["algo=a2c", "env=CartPole-v1", "num_envs=4", "seed=3"]
 QUIET = ["tensorboard=false", "threads=1"]
 
@@ -108,7 +109,7 @@ def test_evaluate_writes_its_file_and_leaves_the_run_alone(tmp_path: Path, capsy
 def test_rows_count_env_steps_over_all_envs(tmp_path: Path) -> None:
     rows = read_rows(run(tmp_path, "run", *PPO, "total_timesteps=1280", "log_every=1"))
     assert [row["step"] for row in rows] == list(range(128, 1281, 128))
-    assert [row["charts/updates"] for row in rows] == [40.0 * (i + 1) for i in range(10)]
+    assert [row["charts/updates"] for row in rows] == [16.0 * (i + 1) for i in range(10)]
 
 
 def test_due() -> None:

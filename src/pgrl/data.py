@@ -33,7 +33,7 @@ class Step(NamedTuple):
 
 
 class Row(Step):
-    """A step of a rollout in host memory that also holds its tensors as arrays: making them costs more than their use."""
+    """A step of a rollout in host memory with its tensors as arrays too: making them costs more than their use."""
 
     arrays: tuple[NDArray[Any], ...]
 
@@ -46,7 +46,12 @@ class Rollout:
     """
 
     def __init__(
-        self, num_steps: int, num_envs: int, obs_space: spaces.Box, action_space: spaces.Space, device: torch.device
+        self,
+        num_steps: int,
+        num_envs: int,
+        obs_space: spaces.Box,
+        action_space: spaces.Space[Any],
+        device: torch.device,
     ) -> None:
         shape = (num_steps, num_envs)
         obs_dtype = torch.uint8 if obs_space.dtype == "uint8" else torch.float32
@@ -75,7 +80,7 @@ class Rollout:
         return Transition(self._obs[:-1], self.action, reward, next_obs, terminated, truncated)
 
 
-def action_rows(space: spaces.Space) -> tuple[tuple[int, ...], torch.dtype]:
+def action_rows(space: spaces.Space[Any]) -> tuple[tuple[int, ...], torch.dtype]:
     """Shape and dtype of one action of `space` in a rollout: flat, float32 for Box and int64 otherwise."""
     if isinstance(space, spaces.Box):
         return (int(torch.Size(space.shape).numel()),), torch.float32

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 LOG_2PI = math.log(2.0 * math.pi)
+TRIES = 8  # of the Beta sampler: each is accepted with p > .95, so all eight fail once in 10^10 draws
 
 
 class Distribution(Protocol):
@@ -24,6 +25,8 @@ class Distribution(Protocol):
     def entropy(self) -> Tensor: ...
     def sample(self, noise: Tensor) -> Tensor: ...
     def mode(self) -> Tensor: ...
+    @staticmethod
+    def noise(shape: tuple[int, ...], generator: Generator) -> Tensor: ...
 
 
 def gumbel(shape: tuple[int, ...], generator: Generator) -> Tensor:
@@ -113,12 +116,10 @@ class Beta(NamedTuple):
     alpha: Tensor
     beta: Tensor
 
-    TRIES = 8  # each proposal is accepted with p > .95, so all eight fail once in 10^10 draws
-
     @staticmethod
     def noise(shape: tuple[int, ...], generator: Generator) -> Tensor:
         """Proposals for two Gamma variables: [..., A, 2, TRIES, 2] normal and uniform draws."""
-        full = (*shape, 2, Beta.TRIES)
+        full = (*shape, 2, TRIES)
         normal = torch.randn(full, generator=generator, device=generator.device)
         uniform = torch.rand(full, generator=generator, device=generator.device)
         return torch.stack([normal, uniform], -1)

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before torch, as in train.py
+    from importlib import import_module
+
+    from pgrl import config as command_line
+
+    command_line.evaluate_main(None, lambda options: import_module("pgrl.evaluate").report(options))
+    raise SystemExit
+
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -144,7 +152,3 @@ def report(options: EvaluateConfig) -> None:
         f"  length {summary['length_mean']:,.1f} steps\n"
         f"written to {run_dir / 'evaluation.json'}"
     )
-
-
-if __name__ == "__main__":
-    main()

@@ -154,8 +154,8 @@ def ppo_clip_loss(
     advantage is bounded below by c * A: Ye et al. 2020 (arXiv 1912.09729), equation 5.
     """
     rising = advantage >= 0
-    upper = torch.where(rising, 1.0 + clip_high, math.inf if dual_clip is None else dual_clip)
-    lower = torch.where(rising, -math.inf, 1.0 - clip_low)
+    upper = torch.where(rising, 1.0 + clip_high, torch.full_like(advantage, dual_clip or math.inf))
+    lower = torch.where(rising, torch.full_like(advantage, -math.inf), 1.0 - clip_low)
     return -(log_ratio.exp().clamp(lower, upper) * advantage).mean()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import gymnasium.spaces as spaces
 import torch
@@ -68,8 +69,9 @@ class MLP(nn.Module):
 
     def __init__(self, sizes: list[int], activation: str, *, activate_last: bool) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
-        self._pairs = [(layer.weight, layer.bias) for layer in self.layers]
+        layers = [nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True)]
+        self.layers = nn.ModuleList(layers)
+        self._pairs = [(layer.weight, layer.bias) for layer in layers]
         self._activation = ACTIVATIONS[activation]
         self._activated = len(self.layers) - (not activate_last)
         self.features = sizes[-1]
@@ -143,7 +145,7 @@ class ActorCritic(nn.Module):
     high: Tensor
 
     def __init__(
-        self, obs_space: spaces.Box, action_space: spaces.Space, network: NetworkConfig, policy: PolicyConfig
+        self, obs_space: spaces.Box, action_space: spaces.Space[Any], network: NetworkConfig, policy: PolicyConfig
     ) -> None:
         super().__init__()
         self.action_space = action_space
@@ -247,13 +249,13 @@ class ActorCritic(nn.Module):
 
     def noise(self, shape: tuple[int, ...], generator: Generator) -> Tensor:
         """Noise for `shape` samples, as `sample` takes it."""
-        kind = {
+        kinds: dict[str, type[Distribution]] = {
             "gaussian": DiagGaussian,
             "squashed": SquashedGaussian,
             "beta": Beta,
             "discrete": Bernoulli if isinstance(self.action_space, spaces.MultiBinary) else Categorical,
-        }[self.distribution]
-        return kind.noise((*shape, self.actions), generator)
+        }
+        return kinds[self.distribution].noise((*shape, self.actions), generator)
 
     def sample(self, obs: Tensor, noise: Tensor) -> Tensor:
         """Actions [N, ...] in the env's units; a Gaussian's may lie out of bounds, the env clips them."""
@@ -280,9 +282,10 @@ def initialise(net: ActorCritic, config: NetworkConfig) -> None:
             if config.init == "xavier":
                 nn.init.xavier_uniform_(layer.weight)
             else:
-                gain = {net.policy_head: config.policy_gain, net.value_head: config.value_gain}
-                nn.init.orthogonal_(layer.weight, gain.get(layer, math.sqrt(2.0)))  # type: ignore[call-overload]
-            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+                heads: dict[nn.Module, float] = {net.policy_head: config.policy_gain, net.value_head: config.value_gain}
+                nn.init.orthogonal_(layer.weight, heads.get(layer, math.sqrt(2.0)))
+            assert layer.bias is not None
+            nn.init.zeros_(layer.bias)
 
 
 class RunningNorm(nn.Module):

@@ -54,7 +54,7 @@ class Adam:
             eps=self._eps,
             amsgrad=False,
             maximize=False,
-            grad_scale=divisor,
+            grad_scale=divisor.float(),  # of single precision for all parameters
         )
 
     def _written_out(self, gradients: list[Tensor], lr: Tensor, divisor: Tensor) -> None:
@@ -79,7 +79,7 @@ class RMSProp:
         self._alpha, self._eps = alpha, eps
 
     def __call__(self, gradients: list[Tensor], lr: Tensor, divisor: Tensor) -> None:
-        gradients = torch._foreach_div(gradients, divisor)
+        gradients = list(torch._foreach_div(gradients, divisor))
         torch._foreach_mul_(self._v, self._alpha)
         torch._foreach_addcmul_(self._v, gradients, gradients, 1.0 - self._alpha)
         roots = torch._foreach_add(self._v, self._eps)
@@ -142,7 +142,7 @@ class GradientStep:
         """What to divide gradients of this norm by, so that their norm is at most `max_grad_norm`."""
         if self._max_grad_norm is None:
             return torch.ones_like(norm)
-        return (norm / self._max_grad_norm).clamp(min=1.0)
+        return ((norm + 1e-6) / self._max_grad_norm).clamp(min=1.0)
 
     def state_dict(self) -> dict[str, Any]:
         return {str(i): optimiser.state_dict() for i, (optimiser, _, _) in enumerate(self._groups)}
@@ -156,7 +156,8 @@ class GradientStep:
 
 def global_norm(gradients: Sequence[Tensor]) -> Tensor:
     """The Euclidean norm of all gradients as one vector, []."""
-    return torch.linalg.vector_norm(torch.cat([g.reshape(-1) for g in gradients]))
+    norm: Tensor = torch.linalg.vector_norm(torch.cat([g.reshape(-1) for g in gradients]))
+    return norm
 
 
 def compile_step(step: Callable[..., Tensor]) -> Callable[..., Tensor]:

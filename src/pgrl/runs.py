@@ -48,7 +48,8 @@ class GlobalRandom:
     """The process-wide generators; pgrl draws from them only to initialise networks, but an env might."""
 
     def state_dict(self) -> dict[str, Any]:
-        return {"torch": torch.get_rng_state(), "numpy": np.random.get_state()[1:], "python": random.getstate()}
+        legacy: Any = np.random.get_state()
+        return {"torch": torch.get_rng_state(), "numpy": legacy[1:], "python": random.getstate()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         torch.set_rng_state(state["torch"])

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before torch, which takes seconds to import: a wrong command is answered at once
+    from importlib import import_module
+
+    from pgrl import config as command_line
+
+    command_line.main(None, lambda config: import_module("pgrl.train").launch(config))
+    raise SystemExit
+
 import logging
 import math
 import time
@@ -186,7 +194,3 @@ def launch(config: RunConfig) -> Path:
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     configuration.main(argv, launch)
-
-
-if __name__ == "__main__":
-    main()

@@ -18,7 +18,7 @@ class Setting:
     """What a run gives its agent: everything that is not the algorithm's own choice."""
 
     obs_space: spaces.Box
-    action_space: spaces.Space
+    action_space: spaces.Space[Any]
     num_envs: int
     total_timesteps: int
     seed: int
@@ -35,6 +35,9 @@ class Agent(ABC):
 
     name: ClassVar[str]
     num_steps: int  # T: steps of every env between two updates
+
+    @abstractmethod
+    def __init__(self, config: Any, setting: Setting) -> None: ...
 
     @abstractmethod
     def act(self, obs: Tensor, explore: bool = True) -> Tensor:

@@ -18,7 +18,6 @@ from pgrl import functional
 from pgrl.agents.base import Agent, Setting, generator
 from pgrl.agents.on_policy import OnPolicyConfig, make_normalisers, shape_rewards, targets, update_value_norm
 from pgrl.data import NoiseStream, Transition, flatten_time, minibatches
-from pgrl.errors import UserError
 from pgrl.networks import ActorCritic
 from pgrl.optim import Adam, GradientStep
 
@@ -50,9 +49,7 @@ class PPOConfig(OnPolicyConfig):
     )
     anneal_clip: bool = False  # the range linearly to 0; Schulman et al. 2017, table 5
     dual_clip: float | None = None  # bound of the objective where A < 0, above 1; Ye et al. 2020, equation 5
-    target_kl: float | None = (
-        None  # no further epoch once approx_kl exceeds this; null: off; Huang et al. 2022, auxiliary detail 3
-    )
+    target_kl: float | None = None  # no further epoch once approx_kl exceeds this; null: off; auxiliary detail 3
     kl_coef: float | None = None  # first weight of the adaptive KL penalty; null: off; Schulman et al. 2017, section 4
     kl_coef_target: float = 0.01  # the KL at which that weight stays as it is; Schulman et al. 2017, section 6.1
     ent_coef: float = 0.0  # weight of the entropy bonus; detail 10
@@ -94,15 +91,6 @@ class PPO(Agent):
             clip_per_group=config.clip_grad_per_network,
             compiled=setting.compiled,
         )
-
-    @staticmethod
-    def check(config: PPOConfig, setting: Setting) -> None:
-        batch = config.num_steps * setting.num_envs
-        if batch % config.num_minibatches:
-            raise UserError(
-                f"algo.num_minibatches={config.num_minibatches} does not divide the rollout of num_steps * num_envs = "
-                f"{config.num_steps} * {setting.num_envs} = {batch}."
-            )
 
     @torch.no_grad()
     def act(self, obs: Tensor, explore: bool = True) -> Tensor:
