@@ -173,6 +173,9 @@ class ActorCritic(nn.Module):
         initialise(self, network)
         self._policy_pair = (self.policy_head.weight, self.policy_head.bias)
         self._value_pair = (self.value_head.weight, self.value_head.bias)
+        # the forwards themselves: a module's call and attributes cost as much as a layer of 64 units
+        self._policy_features = self.body.forward
+        self._value_features = (self.value_body or self.body).forward
 
     def _outputs(self) -> int:
         """How many numbers the policy head gives for one set of distribution parameters."""
@@ -236,15 +239,15 @@ class ActorCritic(nn.Module):
         return DiagGaussian(mean, log_std) if self.distribution == "gaussian" else SquashedGaussian(mean, log_std)
 
     def policy(self, obs: Tensor) -> Distribution:
-        return self._distribution(self.body(obs))
+        return self._distribution(self._policy_features(obs))
 
     def value(self, obs: Tensor) -> Tensor:
-        return F.linear((self.value_body or self.body)(obs), *self._value_pair).squeeze(-1)
+        return F.linear(self._value_features(obs), *self._value_pair).squeeze(-1)
 
     def policy_and_value(self, obs: Tensor) -> tuple[Distribution, Tensor]:
         """Both at once, so that a shared body runs once."""
-        features = self.body(obs)
-        other = features if self.value_body is None else self.value_body(obs)
+        features = self._policy_features(obs)
+        other = features if self.value_body is None else self._value_features(obs)
         return self._distribution(features), F.linear(other, *self._value_pair).squeeze(-1)
 
     def noise(self, shape: tuple[int, ...], generator: Generator) -> Tensor:
