@@ -97,7 +97,7 @@ def make(cls: type, keys: dict[str, Any] | None = None, world: str = "box", seed
     config, spec = configure(cls, keys or {}), WORLDS[world]
     return AGENTS[cls](
         config,
-        Setting(spec.obs, spec.action, setting.pop("num_envs", ENVS), 1000, seed, torch.device("cpu"), **setting),
+        Setting(spec.obs, spec.action, setting.pop("num_envs", ENVS), seed, torch.device("cpu"), **setting),
     )
 
 

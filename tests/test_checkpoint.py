@@ -326,23 +326,25 @@ def test_everything_is_synced_before_the_rename_and_the_rename_after(
     ]
 
 
-def test_a_run_folder_is_made_once(tmp_path: Path) -> None:
+def test_a_run_folder_is_claimed_once(tmp_path: Path) -> None:
     path = tmp_path / "runs" / "ppo" / "one"
 
-    def make(_: int) -> bool:
+    def claim(_: int) -> bool:
         try:
-            checkpoint.make_run_dir(path)
+            with checkpoint.claim(path):
+                (path / "config.yaml").write_text("")
         except UserError as error:
-            assert f"run_dir={path}" in str(error) and f"resume={path}" in str(error)
+            assert f"run_dir={path}" in str(error)
             return False
         return True
 
     with ThreadPoolExecutor(50) as pool:
-        assert sum(pool.map(make, range(50))) == 1
-    (path / "file").write_text("")
-    for bad in (path / "file", path / "file" / "below"):
-        with pytest.raises(UserError, match="cannot be made"):
-            checkpoint.make_run_dir(bad)
+        assert sum(pool.map(claim, range(50))) == 1
+    with pytest.raises(UserError, match=f"resume={path}"), checkpoint.claim(path):
+        pass
+    for bad in (path / "config.yaml", path / "config.yaml" / "below"):
+        with pytest.raises(UserError, match="cannot be made"), checkpoint.claim(bad):
+            pass
 
 
 def test_a_lock_excludes_others_and_ends_with_its_holder(tmp_path: Path) -> None:
@@ -376,10 +378,10 @@ def test_a_lock_excludes_others_and_ends_with_its_holder(tmp_path: Path) -> None
 def test_text_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "status.json"
     checkpoint.write_text(path, "ü\r\n")
-    assert checkpoint.read_text(path) == "ü\r\n" and checkpoint.read_bytes(path) == "ü\r\n".encode()
+    assert checkpoint.read_bytes(path) == "ü\r\n".encode()
     checkpoint.append(path, "a\n")
     checkpoint.append(path, b"\xff")
-    assert checkpoint.read_text(path) == "ü\r\na\n\ufffd"
+    assert checkpoint.read_bytes(path) == "ü\r\na\n".encode() + b"\xff"
     checkpoint.truncate(path, 3)
     assert checkpoint.read_text(path) == "ü\r"
     checkpoint.make_dir(tmp_path / "a" / "b")

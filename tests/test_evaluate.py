@@ -17,7 +17,7 @@ from pgrl.agents import PPO, Agent, PPOConfig, Setting
 from pgrl.data import Transition
 from pgrl.envs import EnvConfig, make_vec
 from pgrl.envs.base import episode_seed
-from pgrl.evaluate import MAX_ENVS, bootstrap_interval, evaluate, iqm
+from pgrl.evaluate import EVALUATION_STREAM, MAX_ENVS, bootstrap_interval, evaluate, iqm
 
 
 class Still(Agent):
@@ -46,7 +46,7 @@ def luck(*lengths: int) -> EnvConfig:
 def foretold(seed: int, episodes: int, lengths: tuple[int, ...]) -> list[int]:
     """The length of each episode: number k is the (k // num_envs)-th of env k % num_envs."""
     num_envs = min(episodes, MAX_ENVS)
-    seeds = [episode_seed(seed, k % num_envs, k // num_envs) for k in range(episodes)]
+    seeds = [episode_seed(seed + EVALUATION_STREAM, k % num_envs, k // num_envs) for k in range(episodes)]
     return [lengths[np.random.default_rng(s).integers(len(lengths))] for s in seeds]
 
 
@@ -88,7 +88,7 @@ def test_it_stops_with_the_last_episode_it_needs() -> None:
 def make_agent(name: str) -> Agent:
     torch.manual_seed(0)
     env = make_vec(EnvConfig(name), 2, 0)
-    setting = Setting(env.obs_space, env.action_space, 2, 1000, 0, torch.device("cpu"))
+    setting = Setting(env.obs_space, env.action_space, 2, 0, torch.device("cpu"))
     return PPO(PPOConfig(num_steps=16, num_minibatches=2, update_epochs=1, norm_obs=True), setting)
 
 

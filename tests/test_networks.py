@@ -67,20 +67,19 @@ def observations(space: spaces.Box = OBS, n: int = 6) -> Tensor:
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("activate_last", [True, False])
-def test_mlp_is_its_layers_in_sequence(activation: str, activate_last: bool) -> None:
+def test_mlp_is_its_layers_in_sequence(activation: str) -> None:
     modules = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU, "silu": nn.SiLU, "gelu": nn.GELU}
     assert set(modules) == set(ACTIVATIONS)
-    mlp = MLP([5, 7, 6, 4], activation, activate_last=activate_last)
+    mlp = MLP([5, 7, 6, 4], activation)
     sequence: list[nn.Module] = []
     for layer in mlp.layers:
         sequence += [layer, modules[activation]()]
-    expected = nn.Sequential(*(sequence if activate_last else sequence[:-1]))
+    expected = nn.Sequential(*sequence)
     assert torch.equal(mlp(observations()), expected(observations())) and mlp.features == 4
 
 
 def test_mlp_flattens() -> None:
-    mlp = MLP([24, 8], "tanh", activate_last=True)
+    mlp = MLP([24, 8], "tanh")
     x = torch.randn(6, 2, 3, 4)
     assert torch.equal(mlp(x), mlp(x.reshape(6, 24)))
 

@@ -174,3 +174,14 @@ def test_state_is_copied_in() -> None:
     step.load_state_dict(state)
     step(batches(1)[0], torch.tensor(0.01, dtype=torch.float64), SCALARS)
     assert (state["0"]["m"][0] == 0).all() and (step.state_dict()["0"]["m"][0] != 0).any()
+
+
+@pytest.mark.parametrize("optimiser", [Adam, RMSProp])
+def test_strides_of_gradients_do_not_matter(optimiser: Callable[[Sequence[Tensor]], Any]) -> None:
+    """Convolutions over images with channels last give gradients whose memory is in another order."""
+    plain, strided = torch.zeros(4, 3, 2, 2), torch.zeros(4, 3, 2, 2)
+    gradient = torch.randn(4, 3, 2, 2, generator=Generator().manual_seed(0))
+    lr, divisor = torch.tensor(0.1), torch.tensor(1.0)
+    optimiser([plain])([gradient.clone()], lr, divisor)
+    optimiser([strided])([gradient.to(memory_format=torch.channels_last)], lr, divisor)
+    assert torch.equal(plain, strided)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import os
@@ -13,11 +14,14 @@ from tests.faults.test_resume import assert_same, equal
 
 import pgrl
 from pgrl import checkpoint
+from pgrl.config import compose
+from pgrl.data import Rollout
 from pgrl.errors import UserError
 from pgrl.evaluate import main as evaluate_main
 from pgrl.logger import read_rows
+from pgrl.runs import build
 from pgrl.signals import Signals, Stop
-from pgrl.train import due
+from pgrl.train import collect, due
 
 PPO = ["algo=ppo", "env=CartPole-v1", "num_envs=4", "algo.num_steps=32", "algo.num_minibatches=4", "seed=3"]
 PPO += ["algo.update_epochs=4"]
@@ -110,6 +114,65 @@ def test_rows_count_env_steps_over_all_envs(tmp_path: Path) -> None:
     rows = read_rows(run(tmp_path, "run", *PPO, "total_timesteps=1280", "log_every=1"))
     assert [row["step"] for row in rows] == list(range(128, 1281, 128))
     assert [row["charts/updates"] for row in rows] == [16.0 * (i + 1) for i in range(10)]
+
+
+@pytest.mark.parametrize("algo", [PPO, A2C], ids=["ppo", "a2c"])
+def test_snapshot_does_not_change_with_the_run(algo: list[str]) -> None:
+    """What a signal writes is the state of a boundary: weights, moments, statistics, all of the same moment."""
+    config = compose([*algo, *QUIET, "algo.norm_obs=true", "algo.norm_reward=true"])
+    run = build(config)
+    rollout = Rollout(run.agent.num_steps, config.num_envs, run.env.obs_space, run.env.action_space, run.env.device)
+    run.env.reset()
+
+    def iterate() -> None:
+        transition = collect(run.env, run.agent, rollout, run.env.obs(), torch.device("cpu"))
+        run.record.add(run.agent.update(transition, 0.0), run.env.episodes())
+
+    iterate()
+    state = run.snapshot().state
+    before = copy.deepcopy(state)
+    iterate()
+    assert equal(state, before)
+    after = run.snapshot().state
+    assert not equal(after["agent"]["step"], before["agent"]["step"])
+    assert not equal(after["agent"]["net"], before["agent"]["net"])
+
+
+def test_last_checkpoint_that_cannot_be_written_fails_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(name: str, path: Path) -> None:
+        if "checkpoints" in str(path) and name == "fsync":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "_operation", refuse)
+    with pytest.raises(checkpoint.SaveError):
+        run(tmp_path, "run", *PPO, "total_timesteps=1000")
+    monkeypatch.undo()
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
+    pgrl.run([f"resume={tmp_path / 'run'}"])
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "done"
+
+
+def test_folder_of_a_run_that_died_at_once_can_be_used(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").touch()
+    run(tmp_path, "run", *A2C, "total_timesteps=40")
+
+
+def test_damaged_newest_checkpoint_is_passed_over_by_load(tmp_path: Path) -> None:
+    run_dir = run(tmp_path, "run", *PPO, "total_timesteps=1000", "save_every=128")
+    newest = checkpoint.folder(run_dir, checkpoint.list_steps(run_dir)[-1])
+    (newest / "state.json").write_text("")
+    pgrl.load(run_dir)
+    assert newest.exists()
+    with pytest.raises(UserError, match="checkpoint=foo"):
+        pgrl.load(run_dir, "foo")
+
+
+def test_another_thread_count_is_told(tmp_path: Path) -> None:
+    run_dir = run(tmp_path, "run", *PPO, "total_timesteps=1000")
+    pgrl.run([f"resume={run_dir}", "total_timesteps=2000", "threads=2"])
+    assert "threads was 1, is 2" in (run_dir / "train.log").read_text()
+    torch.set_num_threads(1)
 
 
 def test_due() -> None:

@@ -9,7 +9,16 @@ if TYPE_CHECKING:
     from pgrl.agents import Agent
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load", "run"]
+__all__ = ["__version__", "load", "main", "run"]
+
+
+def main() -> None:
+    """The command line of training; a wrong one is answered before torch, which takes seconds, is imported."""
+    from importlib import import_module
+
+    from pgrl import config
+
+    config.main(None, lambda run_config: import_module("pgrl.train").launch(run_config))
 
 
 def run(overrides: list[str]) -> Path:

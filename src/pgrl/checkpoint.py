@@ -299,18 +299,25 @@ def _join(tree: Any, tensors: dict[str, torch.Tensor]) -> State:
 _ELSEWHERE = "Start a new run in a new folder:  python -m pgrl.train algo=<name> env=<id> run_dir=<folder>"
 
 
-def make_run_dir(path: Path) -> None:
-    """Makes the folder of a new run; UserError if it exists already or cannot be made."""
+def is_unused(path: Path) -> bool:
+    """Whether a folder is empty but for what a run leaves there that died before its first file."""
+    return path.is_dir() and all(name == ".lock" or name.endswith(".tmp") for name in os.listdir(path))
+
+
+@contextmanager
+def claim(path: Path) -> Iterator[None]:
+    """Makes the folder of a new run and holds its lock; UserError if it cannot be made or is in use already."""
     try:
         make_dir(path.parent)
-        _operation("mkdir", path)
-        path.mkdir()
+        make_dir(path)
     except OSError as error:
-        why = f"this folder cannot be made: {error.strerror}.\n"
-        if path.is_dir():
+        raise UserError(f"run_dir={path}: this folder cannot be made: {error.strerror}.\n{_ELSEWHERE}") from None
+    with lock(path):
+        if not is_unused(path):  # asked under the lock, so that of many that come at once one goes on
             why = "this folder exists already, and two runs never share one.\n"
             why += f"Continue the run in it:  python -m pgrl.train resume={path}\n"
-        raise UserError(f"run_dir={path}: {why}{_ELSEWHERE}") from None
+            raise UserError(f"run_dir={path}: {why}{_ELSEWHERE}")
+        yield
 
 
 @contextmanager
@@ -347,11 +354,6 @@ def read_bytes(path: Path) -> bytes:
     """A file's contents."""
     _operation("read", path)
     return path.read_bytes()
-
-
-def read_text(path: Path) -> str:
-    """A file's text (UTF-8); bytes that are none come as U+FFFD."""
-    return read_bytes(path).decode("utf-8", "replace")
 
 
 def write_text(path: Path, text: str) -> None:

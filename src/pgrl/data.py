@@ -110,6 +110,14 @@ def minibatches(batch: BatchT, num_minibatches: int, generator: Generator | None
     return (type(batch)(*fields) for fields in zip(*parts, strict=True))
 
 
+def restore_generator(generator: Generator, state: Tensor) -> bool:
+    """Give a generator a saved state; one saved on another kind of device is passed over, with False."""
+    fits = state.shape == generator.get_state().shape
+    if fits:
+        generator.set_state(state)
+    return fits
+
+
 class NoiseStream:
     """Noise for acting, drawn for `num_steps` steps at a time; its state is exact between any two steps.
 
@@ -140,8 +148,7 @@ class NoiseStream:
         return {"generator": self._start, "used": self._used, "num_envs": len(self._rows[0])}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._generator.set_state(state["generator"])
         self._rows, self._used = (), 0
-        if state["used"]:
+        if restore_generator(self._generator, state["generator"]) and state["used"]:
             self._fill(state["num_envs"])
             self._used = state["used"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # before torch, as in train.py
+if __name__ == "__main__":  # here, not at the end, as in train.py
     from importlib import import_module
 
     from pgrl import config as command_line
@@ -11,11 +11,12 @@ if __name__ == "__main__":  # before torch, as in train.py
     raise SystemExit
 
 import json
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,9 +27,10 @@ from pgrl.agents import Agent
 from pgrl.config import EvaluateConfig, RunConfig
 from pgrl.envs import EnvConfig, make_vec
 from pgrl.errors import CheckpointError
-from pgrl.runs import make_agent
+from pgrl.runs import make_agent, suitable_threads
 
 MAX_ENVS = 32
+EVALUATION_STREAM = 1_000_003  # added to the seed, so that evaluation never plays the episodes of training
 
 
 class Evaluation(NamedTuple):
@@ -48,7 +50,7 @@ def evaluate(
     num_envs = min(episodes, MAX_ENVS)
     share = [len(range(i, episodes, num_envs)) for i in range(num_envs)]
     played: list[list[tuple[float, int]]] = [[] for _ in range(num_envs)]
-    env = make_vec(env_config, num_envs, seed)
+    env = make_vec(env_config, num_envs, seed + EVALUATION_STREAM)
     try:
         obs = env.reset()
         while any(len(p) < s for p, s in zip(played, share, strict=True)):
@@ -97,20 +99,15 @@ def load(run_dir: Path, which: str = "last") -> tuple[Agent, RunConfig, int]:
     Reads the run's folder and changes nothing in it. CheckpointError if there is no such checkpoint.
     """
     config = replace(configuration.load_run(run_dir), device="cpu", compile=False)
-    steps = checkpoint.list_steps(run_dir)
-    if not steps:
-        raise CheckpointError(
-            f"run={run_dir}: this run has no checkpoint yet.\nContinue it: python -m pgrl.train resume={run_dir}"
-        )
-    state = checkpoint.load(checkpoint.folder(run_dir, steps[-1]))
-    step = steps[-1]
+    step, state = newest(run_dir)
     if which != "last":
-        step = state["position"]["best_step"] if which == "best" else int(which)
+        steps = checkpoint.list_steps(run_dir)
+        step = state["position"]["best_step"] if which == "best" else int(which) if which.isdecimal() else -1
         if step not in steps:
-            kept = ", ".join(map(str, steps))
             raise CheckpointError(
-                f"checkpoint={which}: this run has no such checkpoint; it keeps those of steps {kept}"
-                f"{' (best needs eval_every)' * (which == 'best')}.\nTry: python -m pgrl.evaluate run={run_dir}"
+                f"checkpoint={which}: this run keeps the checkpoints of steps {', '.join(map(str, steps))}"
+                f"{'; the best one is known after an evaluation (eval_every)' * (which == 'best')}.\n"
+                f"Try: python -m pgrl.evaluate run={run_dir} checkpoint={steps[-1]}"
             )
         state = checkpoint.load(checkpoint.folder(run_dir, step))
     env = make_vec(config.env, 1, config.seed)
@@ -118,6 +115,16 @@ def load(run_dir: Path, which: str = "last") -> tuple[Agent, RunConfig, int]:
     env.close()
     agent.load_state_dict(state["agent"])
     return agent, config, step
+
+
+def newest(run_dir: Path) -> tuple[int, dict[str, Any]]:
+    """The step and state of the newest checkpoint that is whole; nothing in the folder is renamed."""
+    for step in reversed(checkpoint.list_steps(run_dir)):
+        try:
+            return step, checkpoint.load(checkpoint.folder(run_dir, step))
+        except CheckpointError as error:
+            logging.getLogger("pgrl").warning("%s", error)
+    raise CheckpointError(f"run={run_dir}: it has no checkpoint yet.\nTry: python -m pgrl.train resume={run_dir}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -129,6 +136,7 @@ def report(options: EvaluateConfig) -> None:
     """Print and write what `options` asks for."""
     run_dir = Path(options.run)
     agent, config, step = load(run_dir, options.checkpoint)
+    torch.set_num_threads(config.threads or suitable_threads(agent))
     result = evaluate(agent, config.env, options.episodes, options.seed)
     returns = result.returns
     low, high = bootstrap_interval(returns, iqm)
@@ -139,7 +147,7 @@ def report(options: EvaluateConfig) -> None:
         "return_mean": float(np.mean(returns)),
         "return_std": float(np.std(returns)),
         "return_iqm": iqm(returns),
-        "return_ci": [low, high],
+        "return_ci": [low, high] if len(returns) > 1 else None,
         "length_mean": float(np.mean(result.lengths)),
         "returns": returns,
         "lengths": result.lengths,

@@ -61,19 +61,18 @@ class PolicyConfig:
 
 
 class MLP(nn.Module):
-    """Linear layers with an activation between them, and after the last unless `last` is given.
+    """Linear layers, each followed by an activation.
 
     [N, *shape] -> [N, sizes[-1]]; trailing dimensions are flattened, uint8 is scaled to [0, 1]. The forward is a flat
     loop: at 64 units a module's call costs as much as its arithmetic.
     """
 
-    def __init__(self, sizes: list[int], activation: str, *, activate_last: bool) -> None:
+    def __init__(self, sizes: list[int], activation: str) -> None:
         super().__init__()
         layers = [nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True)]
         self.layers = nn.ModuleList(layers)
         self._pairs = [(layer.weight, layer.bias) for layer in layers]
         self._activation = ACTIVATIONS[activation]
-        self._activated = len(self.layers) - (not activate_last)
         self.features = sizes[-1]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -81,10 +80,8 @@ class MLP(nn.Module):
             x = x.flatten(1)
         if x.dtype == torch.uint8:
             x = x.float() / 255.0
-        for i, (weight, bias) in enumerate(self._pairs):
-            x = F.linear(x, weight, bias)
-            if i < self._activated:
-                x = self._activation(x)
+        for weight, bias in self._pairs:
+            x = self._activation(F.linear(x, weight, bias))
         return x
 
 
@@ -130,15 +127,15 @@ def make_body(space: spaces.Box, config: NetworkConfig, hidden_sizes: list[int])
         )
     if config.body == "cnn" or (config.body == "auto" and is_image(space)):
         return NatureCNN(space.shape)
-    return MLP([math.prod(space.shape), *hidden_sizes], config.activation, activate_last=True)
+    return MLP([math.prod(space.shape), *hidden_sizes], config.activation)
 
 
 class ActorCritic(nn.Module):
     """A policy and a value function on the same observations, with separate bodies or a shared one.
 
     `policy(obs)` is a distribution over actions in the policy's units, `value(obs)` is [N]. `sample` and `mode`
-    give actions in the env's units, which is what rollouts hold; `log_prob` takes those. Finite bounds are mapped
-    to [-1, 1] (`policy.rescale`); squashed and Beta policies always are.
+    give actions in the env's units, which is what rollouts hold; `to_policy_units` takes those back. Finite
+    bounds are mapped to [-1, 1] (`policy.rescale`); those of squashed and Beta policies always are.
     """
 
     low: Tensor
@@ -202,7 +199,8 @@ class ActorCritic(nn.Module):
         self.register_buffer("high", high, persistent=False)
         rescale = finite and (policy.rescale or self.distribution != "gaussian")
         self.register_buffer("center", (low + high) / 2 if rescale else torch.zeros_like(low), persistent=False)
-        self.register_buffer("radius", (high - low) / 2 if rescale else torch.ones_like(low), persistent=False)
+        radius = (high - low).where(high > low, torch.full_like(low, 2.0)) / 2
+        self.register_buffer("radius", radius if rescale else torch.ones_like(low), persistent=False)
         self.affine = bool((self.center != 0).any() or (self.radius != 1).any())
 
     center: Tensor
@@ -295,7 +293,7 @@ class RunningNorm(nn.Module):
     """(x - mean) / std clipped to [-clip, clip], with statistics of everything `update` has seen, in float64.
 
     x is [..., *shape], any leading dimensions. Batches are merged by Chan et al. 1979, equation 2.1. Until the first
-    `update` it is the identity. The float32 scale and shift that `forward` uses are derived in `refresh`.
+    `update` it only clips. The float32 scale and shift that `forward` uses are derived in `refresh`.
     """
 
     mean: Tensor

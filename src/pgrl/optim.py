@@ -42,7 +42,7 @@ class Adam:
         torch._foreach_add_(self._steps, 1.0)
         torch._fused_adam_(
             self._parameters,
-            gradients,
+            [g.contiguous() for g in gradients],  # the kernel reads memory in order, whatever the strides
             self._m,
             self._v,
             [],

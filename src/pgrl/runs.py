@@ -6,14 +6,16 @@ import json
 import logging
 import math
 import os
+import platform
 import random
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import torch
@@ -25,6 +27,10 @@ from pgrl.config import RunConfig
 from pgrl.envs import VecEnv, make_vec
 from pgrl.logger import log_to
 from pgrl.record import Record
+
+log = logging.getLogger("pgrl")
+
+MANY_PARAMETERS = 300_000  # from here a gradient step gains from a second core: two MLPs of 256-256 have 150,000
 
 
 @dataclass
@@ -80,18 +86,32 @@ class Run:
     def snapshot(self) -> Snapshot:
         """A copy of the state; only between two iterations, when all finished episodes have been recorded."""
         state = {name: detached(part.state_dict()) for name, part in vars(self).items()}
+        state["made_with"] = made_with(self.agent)
         return Snapshot(self.position.step, self.position.best_step, state, time.perf_counter())
 
     def restore(self, state: dict[str, Any]) -> None:
+        """Continue from a snapshot's state; warns of what may make the continuation round differently."""
         for name, part in vars(self).items():
             part.load_state_dict(state[name])
+        now = made_with(self.agent)
+        changed = [f"{k} was {v}, is {now[k]}" for k, v in state["made_with"].items() if v != now[k]]
+        if changed:
+            log.warning("the run goes on, but perhaps not bit for bit: %s", ", ".join(changed))
+
+
+def made_with(agent: Agent) -> dict[str, Any]:
+    """What results depend on to the last bit, beside the configuration."""
+    versions = {name: version(name) for name in ("torch", "numpy", "gymnasium")}
+    return {**versions, "threads": torch.get_num_threads(), "device": str(agent.device), "machine": platform.machine()}
 
 
 def detached(tree: Any) -> Any:
-    """A copy of a tree of dicts whose tensors share no memory with it."""
+    """A copy of a tree of dicts and lists whose tensors share no memory with it."""
     if isinstance(tree, Tensor):
         return tree.detach().clone()
-    return {k: detached(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
+    if isinstance(tree, dict):
+        return {k: detached(v) for k, v in tree.items()}
+    return [detached(v) for v in tree] if isinstance(tree, list | tuple) else tree
 
 
 def make_agent(config: RunConfig, env: VecEnv) -> Agent:
@@ -100,7 +120,6 @@ def make_agent(config: RunConfig, env: VecEnv) -> Agent:
         obs_space=env.obs_space,
         action_space=env.action_space,
         num_envs=config.num_envs,
-        total_timesteps=config.total_timesteps,
         seed=config.seed,
         device=torch.device(config.device),
         compiled=config.compile,
@@ -113,18 +132,15 @@ def build(config: RunConfig) -> Run:
     torch.manual_seed(config.seed)
     np.random.seed(config.seed % 2**32)
     random.seed(config.seed)
-    torch.set_num_threads(choose_threads(config))
     env = make_vec(config.env, config.num_envs, config.seed)
-    return Run(make_agent(config, env), env)
+    agent = make_agent(config, env)
+    torch.set_num_threads(config.threads or suitable_threads(agent))
+    return Run(agent, env)
 
 
-def choose_threads(config: RunConfig) -> int:
+def suitable_threads(agent: Agent) -> int:
     """One thread where the matrices are small, for more only wait for each other; all cores otherwise."""
-    if config.threads is not None:
-        return config.threads
-    network = config.algo.network
-    small = network.body != "cnn" and max([*network.hidden_sizes, *(network.value_hidden_sizes or [])]) <= 256
-    return 1 if small else os.cpu_count() or 1
+    return 1 if agent.parameter_count() <= MANY_PARAMETERS else os.cpu_count() or 1
 
 
 class Warnings(logging.Handler):
@@ -137,8 +153,14 @@ class Warnings(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         message = record.getMessage().strip()
         if message not in self.messages:
-            print(f"warning: {message}", file=sys.stderr, flush=True)
+            say(f"warning: {message}", file=sys.stderr)
         self.messages[message] = self.messages.get(message, 0) + 1
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """Print for whoever still listens: a full disk or a closed pipe behind the output does not end a run."""
+    with suppress(OSError):
+        print(text, file=file, flush=True)
 
 
 @contextmanager
@@ -154,11 +176,12 @@ def gathered_warnings(run_dir: Path) -> Iterator[Warnings]:
     finally:
         logging.captureWarnings(False)
         loggers[0].removeHandler(warnings)
+        loggers[0].removeHandler(to_file)
         loggers[1].handlers = []
 
 
 def write_status(run_dir: Path, state: str, config: RunConfig, run: Run) -> None:
-    """Replace status.json: running, done, stopped or failed, and how far the run is."""
+    """Replace status.json: running, done, stopped or failed, and how far the run was at its last checkpoint."""
     position = run.position
     status = {
         "state": state,
@@ -172,7 +195,7 @@ def write_status(run_dir: Path, state: str, config: RunConfig, run: Run) -> None
     try:
         checkpoint.write_text(run_dir / "status.json", json.dumps(status, indent=2) + "\n")
     except OSError as error:
-        logging.getLogger("pgrl").warning("status.json not written: %s", error)
+        log.warning("status.json not written: %s", error)
 
 
 def headline(config: RunConfig, run: Run, run_dir: Path) -> str:

@@ -53,6 +53,10 @@ class Signals:
         if not self._protected:
             raise Stop(signum)
 
+    def end(self) -> None:
+        """No signal interrupts from here on: the outcome is decided."""
+        self._protected += 1
+
     def check(self) -> None:
         """Raise `Stop` if a signal came that something swallowed."""
         if self._pending is not None and not self._protected:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # before torch, which takes seconds to import: a wrong command is answered at once
-    from importlib import import_module
+if __name__ == "__main__":  # here, not at the end: a wrong command is answered before torch is imported
+    from pgrl import main as command_line
 
-    from pgrl import config as command_line
-
-    command_line.main(None, lambda config: import_module("pgrl.train").launch(config))
+    command_line()
     raise SystemExit
 
 import logging
-import math
 import time
 from contextlib import ExitStack
 from dataclasses import replace
@@ -29,17 +26,16 @@ from pgrl.data import Rollout, Transition
 from pgrl.envs import VecEnv
 from pgrl.evaluate import evaluate
 from pgrl.logger import Logger, Progress
-from pgrl.runs import Run, Snapshot, build, gathered_warnings, headline, last_words, write_status
+from pgrl.runs import Run, Snapshot, build, gathered_warnings, headline, last_words, say, write_status
 from pgrl.signals import Signals, Stop
 
 log = logging.getLogger("pgrl")
 
 SNAPSHOT_SECONDS = 0.5  # a stopped run repeats at most this much and one iteration when it goes on
-EVALUATION_STREAM = 1_000_003  # added to the seed, so that evaluation never plays the episodes of training
 
 
 class NonFiniteError(ArithmeticError):
-    """A metric became NaN or infinite: the run stops before such weights are saved."""
+    """Something became NaN or infinite: the run stops before such weights are saved."""
 
 
 @torch.no_grad()
@@ -70,10 +66,11 @@ def train(config: RunConfig, run: Run, logger: Logger, progress: Progress, run_d
             signals.check()
             start = time.perf_counter()
             transition = collect(env, agent, rollout, obs, device)
+            check_finite(transition._asdict(), f"{config.env.id} met or gave")
             obs = rollout.obs[-1]
             collected = time.perf_counter()
             metrics = agent.update(transition, position.iteration / iterations)
-            check_finite(metrics, transition, config)
+            check_finite(metrics, "the update gave")
             updated = time.perf_counter()
 
             position.iteration += 1
@@ -86,9 +83,7 @@ def train(config: RunConfig, run: Run, logger: Logger, progress: Progress, run_d
             evaluation: dict[str, float] = {}
             improved = False
             if config.eval_every and (finished or due(config.eval_every, position.step, steps)):
-                returns = evaluate(
-                    agent, config.env, config.eval_episodes, config.seed + EVALUATION_STREAM, device
-                ).returns
+                returns = evaluate(agent, config.env, config.eval_episodes, config.seed, device).returns
                 evaluation = {"eval/return_mean": float(np.mean(returns)), "eval/return_std": float(np.std(returns))}
                 improved = evaluation["eval/return_mean"] > position.best_return
                 if improved:
@@ -105,11 +100,14 @@ def train(config: RunConfig, run: Run, logger: Logger, progress: Progress, run_d
 
             if finished or improved or due(config.save_every, position.step, steps):
                 last = run.snapshot()
-                save(last, run_dir, logger, signals)
+                saved = save(last, config, run, run_dir, logger, signals)
+                if finished and not saved:
+                    raise checkpoint.SaveError("the last checkpoint could not be written")
             elif time.perf_counter() - last.time > SNAPSHOT_SECONDS:
                 last = run.snapshot()
     except Stop:
-        save(last, run_dir, logger, signals)
+        position.load_state_dict(last.state["position"])
+        save(last, config, run, run_dir, logger, signals)
         raise
 
 
@@ -118,7 +116,7 @@ def due(every: int | None, step: int, steps: int) -> bool:
     return every is not None and step // every > (step - steps) // every
 
 
-def save(snapshot: Snapshot, run_dir: Path, logger: Logger, signals: Signals) -> None:
+def save(snapshot: Snapshot, config: RunConfig, run: Run, run_dir: Path, logger: Logger, signals: Signals) -> bool:
     """Write a checkpoint; a disk that refuses it is reported, and asked again at the next one."""
     with signals.protected():
         logger.sync()
@@ -126,71 +124,68 @@ def save(snapshot: Snapshot, run_dir: Path, logger: Logger, signals: Signals) ->
             checkpoint.save(run_dir, snapshot.step, snapshot.state, keep_also=[snapshot.best_step])
         except checkpoint.SaveError as error:
             log.warning("no checkpoint at step %d, the next is tried as usual: %s", snapshot.step, error)
+            return False
+        write_status(run_dir, "running", config, run)
+    return True
 
 
-def check_finite(metrics: dict[str, Tensor], rollout: Transition, config: RunConfig) -> None:
-    """NonFiniteError naming the metric, and what the env gave if that was at fault."""
-    bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+def check_finite(tensors: dict[str, Tensor], source: str) -> None:
+    """NonFiniteError naming those of the tensors that hold NaN or infinity."""
+    bad = [name for name, x in tensors.items() if not torch.isfinite(x).all()]
     if bad:
-        given = {"reward": rollout.reward, "obs": rollout.obs, "next_obs": rollout.next_obs, "action": rollout.action}
-        source = [name for name, x in given.items() if not torch.isfinite(x).all()]
-        blame = f"{config.env.id} met non-finite {', '.join(source)}" if source else "the rollout itself was finite"
-        raise NonFiniteError(f"{', '.join(bad)} became NaN or infinite; {blame}")
+        raise NonFiniteError(f"{source} NaN or infinity: {', '.join(bad)}")
 
 
 def launch(config: RunConfig) -> Path:
     """Train as configured, in a new folder or, with `resume`, in that of a stopped run; returns the folder."""
     with ExitStack() as stack:
         signals = stack.enter_context(Signals())
+        step = None
         if config.resume is None:
             run = build(config)
             run_dir = configuration.new_run_dir(config)
-            checkpoint.make_run_dir(run_dir)
-            stack.enter_context(checkpoint.lock(run_dir))
+            stack.enter_context(checkpoint.claim(run_dir))
         else:
-            run_dir = Path(config.resume)
+            run_dir, step = Path(config.resume), 0
             stack.enter_context(checkpoint.lock(run_dir))
             checkpoint.clean(run_dir)
             run = build(config)
         stack.callback(run.env.close)
-        checkpoint.write_text(run_dir / "config.yaml", configuration.save_config(replace(config, resume=None)))
         warnings = stack.enter_context(gathered_warnings(run_dir))
-
-        step = None
         if config.resume is not None and any((run_dir / "checkpoints").glob("step_*")):
             step, state = checkpoint.load_newest(run_dir, log.warning)
             run.restore(state)
         else:  # a new run, or one that was killed before its first checkpoint
-            step = None if config.resume is None else 0
             run.env.reset()
+        checkpoint.write_text(run_dir / "config.yaml", configuration.save_config(replace(config, resume=None)))
         logger = Logger(run_dir, tensorboard=config.tensorboard, resume_step=step)
         stack.callback(logger.close)
         progress = Progress()
         stack.callback(progress.close)
 
-        message = headline(config, run, run_dir)
-        log.info(message if step is None else f"{message} | resumed at step {step:,}")
-        print(message if step is None else f"{message} | resumed at step {step:,}", flush=True)
+        message = headline(config, run, run_dir) + ("" if step is None else f" | resumed at step {step:,}")
+        log.info(message)
+        say(message)
         outcome = "failed"
-        write_status(run_dir, "running", config, run)
         try:
+            write_status(run_dir, "running", config, run)
             train(config, run, logger, progress, run_dir, signals)
             outcome = "done"
         except Stop as stop:
             outcome = "stopped"
-            print(f"\nstopped by {stop}; to go on: python -m pgrl.train resume={run_dir}", flush=True)
+            say(f"\nstopped by {stop} at step {run.position.step:,}; to go on: python -m pgrl.train resume={run_dir}")
             raise
         except Exception:
             log.exception("the run failed")
             raise
         finally:
+            signals.end()
             progress.close()
-            with signals.protected():
-                write_status(run_dir, outcome, config, run)
-    print(last_words(run_dir, run, warnings), flush=True)
+            write_status(run_dir, outcome, config, run)
+        say(last_words(run_dir, run, warnings))
     return run_dir
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """The command line, its arguments given."""
     configuration.main(argv, launch)

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 import gymnasium.spaces as spaces
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pgrl.data import Transition
+from pgrl.data import Transition, restore_generator
 
 
 @dataclass
@@ -20,7 +20,6 @@ class Setting:
     obs_space: spaces.Box
     action_space: spaces.Space[Any]
     num_envs: int
-    total_timesteps: int
     seed: int
     device: torch.device
     compiled: bool = False
@@ -50,6 +49,15 @@ class Agent(ABC):
         Returns metrics as detached 0-d tensors.
         """
 
+    @property
+    def device(self) -> torch.device:
+        """Where the agent's parameters live, and where `act` takes observations."""
+        return next(p for part in vars(self).values() if isinstance(part, nn.Module) for p in part.parameters()).device
+
+    def parameter_count(self) -> int:
+        """How many numbers are learnt."""
+        return sum(p.numel() for part in vars(self).values() if isinstance(part, nn.Module) for p in part.parameters())
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that changes, by attribute name; the tensors are the live ones."""
         return {name: stateful(part) for name, part in sorted(vars(self).items()) if has_state(part)}
@@ -58,7 +66,7 @@ class Agent(ABC):
         """Restore what `state_dict` gave, in place."""
         for name, part in vars(self).items():
             if isinstance(part, torch.Generator):
-                part.set_state(state[name])
+                restore_generator(part, state[name])
             elif isinstance(part, Tensor):
                 part.copy_(state[name])
             elif has_state(part):

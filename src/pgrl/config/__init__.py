@@ -23,7 +23,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pgrl import env_ids
+from pgrl import checkpoint, env_ids
 from pgrl.config import checks, composition, schema
 from pgrl.config.checks import Problem, Wrong, is_run, read_status
 from pgrl.config.composition import key_of, values_of
@@ -194,7 +194,7 @@ def resumed(config: RunConfig, given: dict[str, str]) -> RunConfig:
     for key in KEPT:
         if key in given:
             setattr(run, key, getattr(config, key))
-    step = status["step"] if isinstance(status.get("step"), int) else 0
+    step = max(checkpoint.list_steps(folder), default=0)
     rollout = run.num_envs * vars(run.algo).get("num_steps", 1)
     more = f"total_timesteps={2 * max(total, step)}"
     if run.total_timesteps < step:

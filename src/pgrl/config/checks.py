@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pgrl.checkpoint import is_unused
 from pgrl.config import schema
 
 if TYPE_CHECKING:
@@ -185,6 +186,8 @@ def wrong_device(device: str) -> Iterator[Problem]:
 
 def wrong_folder(run_dir: Path, given: bool) -> Iterator[Problem]:
     """A folder for a new run that exists, or that cannot be made."""
+    if given and is_unused(run_dir):
+        return
     if given and os.path.lexists(run_dir):
         if is_run(run_dir) and read_status(run_dir).get("state") != "done":
             command = f"python -m pgrl.train {shlex.quote(f'resume={run_dir}')}"

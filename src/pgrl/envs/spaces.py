@@ -25,7 +25,7 @@ def obs_rows(env_id: str, space: spaces.Space[Any]) -> spaces.Box:
     if isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3:
         return spaces.Box(0, 255, space.shape, np.uint8)
     if isinstance(space, spaces.Box):
-        return spaces.Box(-np.inf, np.inf, space.shape, np.float32)
+        return spaces.Box(-np.inf, np.inf, space.shape or (1,), np.float32)
     if can_flatten(space):
         return spaces.Box(-np.inf, np.inf, (spaces.flatdim(space),), np.float32)
     raise UserError(
