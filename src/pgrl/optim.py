@@ -24,8 +24,8 @@ class Optimiser(Protocol):
 class Adam:
     """Kingma & Ba 2015 (arXiv 1412.6980), algorithm 1; `eps` is added to the root of the corrected second moment.
 
-    Eagerly torch's fused kernel does it in one operation, a tenth of a step of PPO faster; the compiler, which does not
-    know that kernel, fuses the written-out form.
+    Eagerly torch's fused kernel does it in one operation; the compiler, which does not know that kernel, fuses the
+    written-out form.
     """
 
     def __init__(self, parameters: Sequence[Tensor], *, eps: float = 1e-8, beta1: float = 0.9, beta2: float = 0.999):
