@@ -280,7 +280,7 @@ def test_actions_of_another_number_of_envs_are_refused() -> None:
         (spaces.Box(-1, 1, (2, 3), np.float64), (2, 3), torch.float32),
         (spaces.Box(-5, 5, (4,), np.int64), (4,), torch.float32),
         (spaces.Box(0, 1, (3,), bool), (3,), torch.float32),
-        (spaces.Box(-1, 1, (), np.float32), (), torch.float32),
+        (spaces.Box(-1, 1, (), np.float32), (1,), torch.float32),
         (spaces.Box(0, 255, (128,), np.uint8), (128,), torch.float32),
         (spaces.Box(0, 255, (8, 8, 3), np.uint8), (8, 8, 3), torch.uint8),
         (spaces.Box(0, 1, (3, 8, 8), np.float32), (3, 8, 8), torch.float32),
@@ -300,7 +300,7 @@ def test_observations_become_rows(space: spaces.Space[Any], shape: tuple[int, ..
 
     def row(raw: Any) -> Tensor:
         flat = raw if isinstance(space, spaces.Box) else spaces.flatten(space, raw)
-        return torch.tensor(np.asarray(flat)).to(dtype)
+        return torch.tensor(np.asarray(flat)).to(dtype).reshape(shape)
 
     for _ in range(3):
         assert obs.shape == (2, *shape) and obs.dtype == dtype

@@ -111,7 +111,7 @@ def test_done_runs_are_evaluated_once_and_then_left_alone(bench: Bench) -> None:
     assert len(calls) == 6 and sum(call.startswith("run=") for call in calls) == 3
     assert calls[0] == (
         "algo=ppo env=Hopper-v4 total_timesteps=1000000 seed=1 threads=1 "
-        f"run_dir={bench.runs / 'ppo-hopper' / 'seed_1'}"
+        f"run_dir={bench.runs / 'ppo-hopper' / 'seed_1'} compile=true"
     )
     rows = benchmark.read_csv(bench.folder / "results" / "ppo-hopper.csv")
     assert [row["seed"] for row in rows] == ["1", "2", "3"]

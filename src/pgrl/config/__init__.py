@@ -194,7 +194,8 @@ def resumed(config: RunConfig, given: dict[str, str]) -> RunConfig:
     for key in KEPT:
         if key in given:
             setattr(run, key, getattr(config, key))
-    step = max(checkpoint.list_steps(folder), default=0)
+    told = status.get("step")
+    step = max(checkpoint.list_steps(folder), default=told if isinstance(told, int) else 0)
     rollout = run.num_envs * vars(run.algo).get("num_steps", 1)
     more = f"total_timesteps={2 * max(total, step)}"
     if run.total_timesteps < step:
