@@ -382,7 +382,7 @@ def test_default_folders_are_unique_and_safe() -> None:
     folders = {config.new_run_dir(run) for _ in range(500)}
     assert len(folders) == 500
     assert all(
-        re.fullmatch(r"runs/ppo/CartPole-v1/\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_seed3_[0-9a-f]{6}", str(f)) for f in folders
+        re.fullmatch(r"runs/ppo/CartPole-v1/\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_seed3_[0-9a-f]{8}", str(f)) for f in folders
     )
     run.env.id = "pack.age:ALE/Pong-v5"
     assert config.new_run_dir(run).parent == Path("runs/ppo/pack.age_ALE_Pong-v5")

@@ -43,7 +43,7 @@ def test_rows_are_views_of_the_transition() -> None:
     for t, step in enumerate(r.steps):
         for k, field in enumerate(step[1:]):
             field.copy_(torch.full_like(field, t + 10 * k) if field.dtype == torch.float32 else field.new_tensor(t % 2))
-        r.action[t] = t
+        r.action[t].fill_(t)
     transition = r.transition()
     assert transition.reward.tolist() == [[t] * B for t in range(T)]
     assert transition.terminated.tolist() == [[t % 2 == 1] * B for t in range(T)]
@@ -90,7 +90,7 @@ def test_images_stay_bytes() -> None:
 )
 def test_action_rows(space: spaces.Space, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     assert action_rows(space) == (shape, dtype)
-    action = rollout(action=space).action
+    action = rollout(action=space).transition().action
     assert action.shape == (T, B, *shape) and action.dtype == dtype
 
 
@@ -106,22 +106,26 @@ def numbered(n: int) -> Pair:
     return Pair(torch.arange(n), torch.arange(n).float().unsqueeze(1) * torch.tensor([10.0, 100.0]))
 
 
+def split(batch: Pair, num_minibatches: int, generator: Generator | None) -> list[Pair]:
+    return [Pair(*part) for part in zip(*minibatches(batch, num_minibatches, generator), strict=True)]
+
+
 @pytest.mark.parametrize(("n", "parts"), [(24, 4), (24, 1), (24, 24), (7, 7)])
 def test_minibatches_are_a_permutation(n: int, parts: int) -> None:
-    pieces = list(minibatches(numbered(n), parts, seeded(0)))
+    pieces = split(numbered(n), parts, seeded(0))
     assert len(pieces) == parts and all(len(p.a) == len(p.b) == n // parts for p in pieces)
     a, b = (torch.cat(field) for field in zip(*pieces, strict=True))
     assert a.sort().values.tolist() == list(range(n))  # each sample exactly once
     assert torch.equal(b, a.unsqueeze(1) * torch.tensor([10.0, 100.0]))  # its fields still together
-    assert isinstance(pieces[0], Pair)
+    assert isinstance(minibatches(numbered(n), parts, seeded(0)), Pair)
 
 
 def test_every_epoch_has_a_fresh_order() -> None:
     """One of the commonest slips: minibatches never, or only once, shuffled."""
     generator = seeded(0)
-    orders = [torch.cat([p.a for p in minibatches(numbered(64), 4, generator)]) for _ in range(5)]
+    orders = [torch.cat([p.a for p in split(numbered(64), 4, generator)]) for _ in range(5)]
     assert len({tuple(order.tolist()) for order in orders}) == 5
-    again = torch.cat([p.a for p in minibatches(numbered(64), 4, seeded(0))])
+    again = torch.cat([p.a for p in split(numbered(64), 4, seeded(0))])
     assert torch.equal(again, orders[0])  # all the randomness is the generator's
 
 
@@ -129,21 +133,21 @@ def test_every_sample_visits_every_minibatch() -> None:
     generator = seeded(1)
     counts = torch.zeros(16, 4)
     for _ in range(800):
-        for i, part in enumerate(minibatches(numbered(16), 4, generator)):
+        for i, part in enumerate(split(numbered(16), 4, generator)):
             counts[part.a, i] += 1
     assert ((counts - 200).abs() < 5 * (800 * 0.25 * 0.75) ** 0.5).all()
 
 
 def test_without_generator_the_order_is_kept() -> None:
     batch = numbered(12)
-    parts = list(minibatches(batch, 3, None))
+    parts = split(batch, 3, None)
     assert torch.cat([p.a for p in parts]).tolist() == list(range(12))
     assert parts[0].a.data_ptr() == batch.a.data_ptr()
 
 
 def test_shuffling_leaves_the_batch_alone() -> None:
     batch = numbered(12)
-    for part in minibatches(batch, 3, seeded(2)):
+    for part in split(batch, 3, seeded(2)):
         part.b.zero_()
     assert torch.equal(batch.b, numbered(12).b)
 

@@ -301,10 +301,9 @@ CLIPPED = [
 ]
 
 
-@pytest.mark.parametrize("as_tensor", [False, True])
-def test_clipped_surrogate(as_tensor: bool) -> None:
+def test_clipped_surrogate() -> None:
     ratio, advantage, objective, slope = torch.tensor(CLIPPED, dtype=torch.float64).unbind(1)
-    low, high = (torch.tensor(c, dtype=torch.float64) if as_tensor else c for c in (0.2, 0.4))
+    low, high = torch.tensor([0.2, 0.4], dtype=torch.float64)
 
     def loss(log_ratio: Tensor) -> Tensor:
         return F.ppo_clip_loss(log_ratio, advantage, low, high)
@@ -324,10 +323,10 @@ def test_clipped_surrogate_on_a_grid() -> None:
         objective, active = min((r * a, 0), (clip * a, 1))[0], r * a <= clip * a
         if dual is not None and a < 0 and objective < dual * a:
             objective, active = dual * a, False
-        ratio, advantage, expected, slope = torch.tensor(
-            [r, a, -objective, -r * a if active else 0.0], dtype=torch.float64
+        ratio, advantage, expected, slope, *clips = torch.tensor(
+            [r, a, -objective, -r * a if active else 0.0, low, high], dtype=torch.float64
         ).split(1)
-        loss = partial(F.ppo_clip_loss, advantage=advantage, clip_low=low, clip_high=high, dual_clip=dual)
+        loss = partial(F.ppo_clip_loss, advantage=advantage, clip_low=clips[0], clip_high=clips[1], dual_clip=dual)
         close(loss(ratio.log()), expected.squeeze())
         close(grad(loss, ratio.log()), slope)
 
@@ -337,7 +336,7 @@ def test_dual_clip() -> None:
     advantage = torch.tensor([-1.0, -1.0, 1.0])
 
     def loss(x: Tensor) -> Tensor:
-        return F.ppo_clip_loss(x, advantage, 0.2, 0.2, dual_clip=3.0)
+        return F.ppo_clip_loss(x, advantage, torch.tensor(0.2), dual_clip=3.0)
 
     close(loss(log_ratio), torch.tensor(-(-3.0 - 2.0 + 1.2) / 3))
     assert (grad(loss, log_ratio) == 0).tolist() == [True, False, True]

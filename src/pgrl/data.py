@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import gymnasium.spaces as spaces
@@ -41,8 +41,8 @@ class Row(Step):
 class Rollout:
     """Room for T steps of B envs, allocated once; envs write their answers straight into its rows.
 
-    `steps[t]` is where the answer to step t goes. The obs an agent acts on at t is `obs[t]`, which is the `obs` of
-    `steps[t - 1]`: one tensor of T + 1 rows serves both.
+    `action[t]` is where the action of step t goes, and `steps[t]` the answer. The obs an agent acts on at t is
+    `obs[t]`, which is the `obs` of `steps[t - 1]`: one tensor of T + 1 rows serves both.
     """
 
     def __init__(
@@ -58,12 +58,12 @@ class Rollout:
         self._obs = torch.zeros((num_steps + 1, num_envs, *obs_space.shape), dtype=obs_dtype, device=device)
         next_obs = torch.zeros((*shape, *obs_space.shape), dtype=obs_dtype, device=device)
         action_shape, action_dtype = action_rows(action_space)
-        self.action = torch.zeros((*shape, *action_shape), dtype=action_dtype, device=device)
+        self._action = torch.zeros((*shape, *action_shape), dtype=action_dtype, device=device)
         reward = torch.zeros(shape, device=device)
         terminated = torch.zeros(shape, dtype=torch.bool, device=device)
         truncated = torch.zeros(shape, dtype=torch.bool, device=device)
         self._fields = (reward, terminated, truncated, next_obs)
-        self.obs = list(self._obs.unbind())
+        self.obs, self.action = self._obs.unbind(), self._action.unbind()
         columns = (self.obs[1:], *(x.unbind() for x in self._fields))
         self.steps = [Row(*row) for row in zip(*columns, strict=True)]
         if device.type == "cpu":
@@ -77,7 +77,7 @@ class Rollout:
     def transition(self) -> Transition:
         """All T steps as tensors [T, B, ...], views of this rollout's memory."""
         reward, terminated, truncated, next_obs = self._fields
-        return Transition(self._obs[:-1], self.action, reward, next_obs, terminated, truncated)
+        return Transition(self._obs[:-1], self._action, reward, next_obs, terminated, truncated)
 
 
 def action_rows(space: spaces.Space[Any]) -> tuple[tuple[int, ...], torch.dtype]:
@@ -97,17 +97,15 @@ def flatten_time(batch: BatchT) -> BatchT:
     return type(batch)(*(x.flatten(0, 1) for x in batch))
 
 
-def minibatches(batch: BatchT, num_minibatches: int, generator: Generator | None) -> Iterator[BatchT]:
-    """The named tuple of [N, ...] fields in `num_minibatches` equal parts, in a fresh random order.
+def minibatches(batch: BatchT, num_minibatches: int, generator: Generator | None) -> BatchT:
+    """The named tuple of [N, ...] fields in equal parts [num_minibatches, n, ...], in a fresh random order.
 
     The whole batch is permuted once and the parts are slices of it. Without a generator the order is kept.
     """
-    n = len(batch[0])
     if generator is not None:
-        order = torch.randperm(n, generator=generator, device=generator.device)
+        order = torch.randperm(len(batch[0]), generator=generator, device=generator.device)
         batch = type(batch)(*(x.index_select(0, order) for x in batch))
-    parts = (x.split(n // num_minibatches) for x in batch)
-    return (type(batch)(*fields) for fields in zip(*parts, strict=True))
+    return type(batch)(*(x.unflatten(0, (num_minibatches, -1)) for x in batch))
 
 
 def restore_generator(generator: Generator, state: Tensor) -> bool:
@@ -128,27 +126,29 @@ class NoiseStream:
         self._draw, self._num_steps, self._generator = draw, num_steps, generator
         self._start = generator.get_state()  # as it was before the present block was drawn
         self._rows: tuple[Tensor, ...] = ()
-        self._used = 0
+        self._used, self._num_envs = 0, 0
 
     def next(self, num_envs: int) -> Tensor:
         """Noise for one step of `num_envs` envs."""
-        if self._used == len(self._rows) or len(self._rows[0]) != num_envs:
+        used = self._used
+        if used == len(self._rows) or num_envs != self._num_envs:
             self._fill(num_envs)
-        self._used += 1
-        return self._rows[self._used - 1]
+            used = 0
+        self._used = used + 1
+        return self._rows[used]
 
     def _fill(self, num_envs: int) -> None:
         self._start = self._generator.get_state()
         self._rows = self._draw((self._num_steps, num_envs), self._generator).unbind()
-        self._used = 0
+        self._used, self._num_envs = 0, num_envs
 
     def state_dict(self) -> dict[str, Any]:
         if self._used == len(self._rows):
             return {"generator": self._generator.get_state(), "used": 0, "num_envs": 0}
-        return {"generator": self._start, "used": self._used, "num_envs": len(self._rows[0])}
+        return {"generator": self._start, "used": self._used, "num_envs": self._num_envs}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._rows, self._used = (), 0
+        self._rows, self._used, self._num_envs = (), 0, 0
         if restore_generator(self._generator, state["generator"]) and state["used"]:
             self._fill(state["num_envs"])
             self._used = state["used"]

@@ -40,6 +40,7 @@ class Evaluation(NamedTuple):
     lengths: list[int]
 
 
+@torch.no_grad()
 def evaluate(
     agent: Agent, env_config: EnvConfig, episodes: int, seed: int, device: torch.device | str = "cpu"
 ) -> Evaluation:
@@ -96,7 +97,8 @@ def bootstrap_interval(
 def load(run_dir: Path, which: str = "last") -> tuple[Agent, RunConfig, int]:
     """The agent of a run at a checkpoint (`last`, `best` or a step), the run's config, and the checkpoint's step.
 
-    Reads the run's folder and changes nothing in it. CheckpointError if there is no such checkpoint.
+    Reads the run's folder and changes nothing in it. The agent is for acting: its parameters want no gradients, so that
+    its actions are plain tensors. CheckpointError if there is no such checkpoint.
     """
     config = replace(configuration.load_run(run_dir), device="cpu", compile=False)
     step, state = newest(run_dir)
@@ -114,6 +116,8 @@ def load(run_dir: Path, which: str = "last") -> tuple[Agent, RunConfig, int]:
     agent = make_agent(config, env)
     env.close()
     agent.load_state_dict(state["agent"])
+    for parameter in agent.parameters():
+        parameter.requires_grad_(False)
     return agent, config, step
 
 

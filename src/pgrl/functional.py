@@ -13,12 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+SHORT = 32  # steps up to which one operation a step is fewer than composing the maps pairwise
+
 
 def discounted_sum(x: Tensor, decay: Tensor) -> Tensor:
     """The backward recursion y_t = x_t + decay_t * y_{t+1}, with y_T = 0; both [T, ...], returns [T, ...].
 
-    Composes the affine maps pairwise, so T steps take log2(T) rounds of whole-tensor operations on any device.
+    Composes the affine maps pairwise, so T steps take log2(T) rounds of whole-tensor operations on any device; a few
+    steps are taken one by one.
     """
+    if len(x) <= SHORT:
+        rows, decays = list(x.unbind()), decay.unbind()
+        for t in reversed(range(len(rows) - 1)):
+            rows[t] = torch.addcmul(rows[t], decays[t], rows[t + 1])
+        return torch.stack(rows)
     k = 1
     while k < len(x):
         x = torch.cat([torch.addcmul(x[:-k], decay[:-k], x[k:]), x[-k:]])
@@ -124,9 +132,9 @@ def advantage(
     raise ValueError(f"advantage={kind!r}: choose one of {', '.join(ADVANTAGES)}")
 
 
-def normalise(x: Tensor, eps: float = 1e-8) -> Tensor:
-    """x shifted to mean 0 and scaled to standard deviation 1 over all its entries (any shape, at least 2 entries)."""
-    std, mean = torch.std_mean(x)
+def normalise(x: Tensor, dim: int | None = None, eps: float = 1e-8) -> Tensor:
+    """x shifted to mean 0 and scaled to standard deviation 1 along `dim`, or over all its entries; at least 2 each."""
+    std, mean = torch.std_mean(x, dim, keepdim=True)
     return (x - mean) / (std + eps)
 
 
@@ -143,20 +151,22 @@ def ppo_loss(log_ratio: Tensor, advantage: Tensor) -> Tensor:
 def ppo_clip_loss(
     log_ratio: Tensor,
     advantage: Tensor,
-    clip_low: float | Tensor,
-    clip_high: float | Tensor,
+    clip_low: Tensor,
+    clip_high: Tensor | None = None,
     dual_clip: float | None = None,
 ) -> Tensor:
-    """The clipped surrogate -E[min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A)]; both [N].
+    """The clipped surrogate -E[min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A)]; both [N], clips [].
 
-    Schulman et al. 2017 (arXiv 1707.06347), equation 7. The minimum is the ratio kept below 1 + clip_high where A >= 0
-    and above 1 - clip_low where A < 0, which is how it is computed. With `dual_clip` c > 1 the objective of a negative
-    advantage is bounded below by c * A: Ye et al. 2020 (arXiv 1912.09729), equation 5.
+    Schulman et al. 2017 (arXiv 1707.06347), equation 7. The ratio counts up to 1 + clip_high where A >= 0 and down to
+    1 - clip_low where A < 0, so the clipped objective is A + clip |A|, with `clip_high` None for one range on both
+    sides. With `dual_clip` c > 1 the objective of a negative advantage is bounded below by c * A: Ye et al. 2020
+    (arXiv 1912.09729), equation 5.
     """
-    rising = advantage >= 0
-    upper = torch.where(rising, 1.0 + clip_high, torch.full_like(advantage, dual_clip or math.inf))
-    lower = torch.where(rising, torch.full_like(advantage, -math.inf), 1.0 - clip_low)
-    return -(log_ratio.exp().clamp(lower, upper) * advantage).mean()
+    clip = clip_low if clip_high is None else torch.where(advantage >= 0, clip_high, clip_low)
+    objective = torch.minimum(log_ratio.exp() * advantage, advantage + clip * advantage.abs())
+    if dual_clip is not None:
+        objective = torch.maximum(objective, (dual_clip * advantage).where(advantage < 0, -math.inf))
+    return -objective.mean()
 
 
 def approx_kl(log_ratio: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import gymnasium.spaces as spaces
@@ -147,7 +148,6 @@ class ActorCritic(nn.Module):
         super().__init__()
         self.action_space = action_space
         self.distribution = policy.distribution if isinstance(action_space, spaces.Box) else "discrete"
-        self.state_dependent_std = policy.state_dependent_std
         hidden = list(network.hidden_sizes)
         self.body = make_body(obs_space, network, hidden)
         self.log_std: nn.Parameter | None = None
@@ -161,7 +161,6 @@ class ActorCritic(nn.Module):
             self._set_bounds(action_space, policy)
         else:
             self.affine = False
-        self.log_std_init = policy.log_std_init
         self.actions = actions
         self.policy_head = nn.Linear(self.body.features, outputs)
         value_hidden = hidden if network.value_hidden_sizes is None else list(network.value_hidden_sizes)
@@ -173,6 +172,7 @@ class ActorCritic(nn.Module):
         # the forwards themselves: a module's call and attributes cost as much as a layer of 64 units
         self._policy_features = self.body.forward
         self._value_features = (self.value_body or self.body).forward
+        self._distribution = self._family(policy)
 
     def _outputs(self) -> int:
         """How many numbers the policy head gives for one set of distribution parameters."""
@@ -216,28 +216,24 @@ class ActorCritic(nn.Module):
         body = [] if self.value_body is None else list(self.value_body.parameters())
         return [*body, *self.value_head.parameters()]
 
-    def _distribution(self, features: Tensor) -> Distribution:
-        out = F.linear(features, *self._policy_pair)
-        if self.distribution == "discrete":
-            space = self.action_space
-            if isinstance(space, spaces.Discrete):
-                return Categorical(out)
-            if isinstance(space, spaces.MultiDiscrete):
-                return MultiCategorical(out, tuple(int(n) for n in space.nvec.flatten()))
-            return Bernoulli(out)
-        if self.distribution == "beta":
-            alpha, beta = (F.softplus(out) + 1.0).chunk(2, -1)
-            return Beta(alpha, beta)
-        if self.state_dependent_std:
-            mean, log_std = out.chunk(2, -1)
-            log_std = (log_std + self.log_std_init).clamp(-20.0, 2.0)
-        else:
-            assert self.log_std is not None
-            mean, log_std = out, self.log_std
-        return DiagGaussian(mean, log_std) if self.distribution == "gaussian" else SquashedGaussian(mean, log_std)
+    def _family(self, policy: PolicyConfig) -> Callable[[Tensor], Distribution]:
+        """What makes a distribution of the policy head's output [N, outputs]; chosen once, for acting is a hot path."""
+        space = self.action_space
+        if isinstance(space, spaces.Discrete):
+            return Categorical
+        if isinstance(space, spaces.MultiDiscrete):
+            return partial(MultiCategorical, sizes=tuple(int(n) for n in space.nvec.flatten()))
+        if isinstance(space, spaces.MultiBinary):
+            return Bernoulli
+        if policy.distribution == "beta":
+            return beta
+        normal = DiagGaussian if policy.distribution == "gaussian" else SquashedGaussian
+        if self.log_std is None:
+            return partial(with_own_std, normal, policy.log_std_init)
+        return partial(normal, log_std=self.log_std)
 
     def policy(self, obs: Tensor) -> Distribution:
-        return self._distribution(self._policy_features(obs))
+        return self._distribution(F.linear(self._policy_features(obs), *self._policy_pair))
 
     def value(self, obs: Tensor) -> Tensor:
         return F.linear(self._value_features(obs), *self._value_pair).squeeze(-1)
@@ -246,7 +242,8 @@ class ActorCritic(nn.Module):
         """Both at once, so that a shared body runs once."""
         features = self._policy_features(obs)
         other = features if self.value_body is None else self._value_features(obs)
-        return self._distribution(features), F.linear(other, *self._value_pair).squeeze(-1)
+        policy = self._distribution(F.linear(features, *self._policy_pair))
+        return policy, F.linear(other, *self._value_pair).squeeze(-1)
 
     def noise(self, shape: tuple[int, ...], generator: Generator) -> Tensor:
         """Noise for `shape` samples, as `sample` takes it."""
@@ -273,6 +270,19 @@ class ActorCritic(nn.Module):
     def to_policy_units(self, action: Tensor) -> Tensor:
         """Actions [N, ...] of a rollout as `policy(obs).log_prob` takes them."""
         return (action - self.center) / self.radius if self.affine else action
+
+
+def beta(out: Tensor) -> Beta:
+    """Beta distributions of a policy head's output [N, 2 A], both parameters above 1 so that there is one peak."""
+    return Beta(*(F.softplus(out) + 1.0).chunk(2, -1))
+
+
+def with_own_std(
+    normal: type[DiagGaussian] | type[SquashedGaussian], log_std_init: float, out: Tensor
+) -> DiagGaussian | SquashedGaussian:
+    """Normals of a policy head's output [N, 2 A], which holds means and log standard deviations."""
+    mean, log_std = out.chunk(2, -1)
+    return normal(mean, (log_std + log_std_init).clamp(-20.0, 2.0))
 
 
 @torch.no_grad()

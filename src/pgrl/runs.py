@@ -140,7 +140,7 @@ def build(config: RunConfig) -> Run:
 
 def suitable_threads(agent: Agent) -> int:
     """One thread where the matrices are small, for more only wait for each other; all cores otherwise."""
-    return 1 if agent.parameter_count() <= MANY_PARAMETERS else os.cpu_count() or 1
+    return 1 if sum(p.numel() for p in agent.parameters()) <= MANY_PARAMETERS else os.cpu_count() or 1
 
 
 class Warnings(logging.Handler):

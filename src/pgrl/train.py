@@ -45,7 +45,7 @@ def collect(env: VecEnv, agent: Agent, rollout: Rollout, obs: Tensor, device: to
     rollout.begin(obs)
     for t, step in enumerate(rollout.steps):
         action = agent.act(rollout.obs[t].to(device))
-        rollout.action[t] = action
+        rollout.action[t].copy_(action)
         env.step(action, out=step)
     return Transition(*(x.to(device) for x in rollout.transition()))
 
@@ -132,7 +132,7 @@ def save(snapshot: Snapshot, config: RunConfig, run: Run, run_dir: Path, logger:
 
 def check_finite(tensors: dict[str, Tensor], source: str) -> None:
     """NonFiniteError naming those of the tensors that hold NaN or infinity."""
-    sums = [x.sum() for x in tensors.values() if x.is_floating_point()]
+    sums = [x.sum() if x.dim() else x for x in tensors.values() if x.is_floating_point()]
     if math.isfinite(sum(map(float, sums))):
         return
     bad = [name for name, x in tensors.items() if not torch.isfinite(x).all()]

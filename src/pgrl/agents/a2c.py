@@ -46,7 +46,7 @@ class Batch(NamedTuple):
     returns: Tensor
 
 
-METRICS = ("policy_loss", "value_loss", "entropy", "grad_norm")
+METRICS = ("losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/grad_norm")
 
 
 class A2C(Agent):
@@ -68,7 +68,6 @@ class A2C(Agent):
             compiled=setting.compiled,
         )
 
-    @torch.no_grad()
     def act(self, obs: Tensor, explore: bool = True) -> Tensor:
         obs = self.obs_norm(obs) if self.obs_norm is not None else obs
         return self.net.sample(obs, self.noise.next(len(obs))) if explore else self.net.mode(obs)
@@ -88,24 +87,24 @@ class A2C(Agent):
 
         batch = flatten_time(Batch(rollout.obs, rollout.action, advantage, returns))
         lr = torch.tensor(config.learning_rate * (1.0 - progress if config.anneal_lr else 1.0), device=value.device)
-        metrics = self.step(batch, lr, lr)
+        steps = self.step(batch, lr, ())
         self.updates += 1
 
         # last, so that a whole update sees the statistics under which the actions were taken
         if self.obs_norm is not None:
             self.obs_norm.update(raw_obs)
         return {
-            **dict(zip((f"losses/{m}" for m in METRICS), metrics.unbind(), strict=True)),
+            **dict(zip(METRICS, steps, strict=True)),
             "losses/explained_variance": functional.explained_variance(value, returns),
             "charts/learning_rate": lr,
             "charts/updates": self.updates.clone(),
         }
 
-    def loss(self, batch: Batch, _: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(self, batch: Batch, _: tuple[()]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The loss of a rollout [N, ...] and METRICS but the last."""
         distribution, value = self.net.policy_and_value(batch.obs)
         policy_loss = functional.policy_gradient_loss(distribution.log_prob(batch.action), batch.advantage)
         value_loss = functional.value_loss(value, batch.returns)
         entropy = distribution.entropy().mean()
         loss = policy_loss + self.config.vf_coef * value_loss - self.config.ent_coef * entropy
-        return loss, torch.stack([policy_loss, value_loss, entropy]).detach()
+        return loss, (policy_loss, value_loss, entropy)

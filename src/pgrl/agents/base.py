@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -40,7 +41,10 @@ class Agent(ABC):
 
     @abstractmethod
     def act(self, obs: Tensor, explore: bool = True) -> Tensor:
-        """Actions [B, ...] in the env's units for obs [B, *obs]; the most likely ones unless exploring."""
+        """Actions [B, ...] in the env's units for obs [B, *obs]; the most likely ones unless exploring.
+
+        Called under `torch.no_grad()`, once for a rollout: entering it here would cost as much as a layer.
+        """
 
     @abstractmethod
     def update(self, rollout: Transition, progress: float) -> dict[str, Tensor]:
@@ -49,14 +53,14 @@ class Agent(ABC):
         Returns metrics as detached 0-d tensors.
         """
 
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The numbers that are learnt."""
+        return (p for part in vars(self).values() if isinstance(part, nn.Module) for p in part.parameters())
+
     @property
     def device(self) -> torch.device:
         """Where the agent's parameters live, and where `act` takes observations."""
-        return next(p for part in vars(self).values() if isinstance(part, nn.Module) for p in part.parameters()).device
-
-    def parameter_count(self) -> int:
-        """How many numbers are learnt."""
-        return sum(p.numel() for part in vars(self).values() if isinstance(part, nn.Module) for p in part.parameters())
+        return next(self.parameters()).device
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that changes, by attribute name; the tensors are the live ones."""

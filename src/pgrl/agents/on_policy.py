@@ -62,15 +62,16 @@ def critic(net: ActorCritic, value_norm: RunningNorm | None, obs: Tensor) -> Ten
 
 @torch.no_grad()
 def targets(config: OnPolicyConfig, net: ActorCritic, value_norm: RunningNorm | None, rollout: Transition) -> Targets:
-    """Values, advantages and returns of a rollout [T, B, ...] of normalised observations, in one pass each."""
+    """Values, advantages and returns of a rollout [T, B, ...] of normalised observations, by one pass of the critic."""
     num_steps, num_envs = rollout.reward.shape
-    value = critic(net, value_norm, rollout.obs.flatten(0, 1)).view(num_steps, num_envs)
-    # the value of the next row is the successor's, but at the rollout's end and where the clock cut an episode
-    next_value = torch.cat([value[1:], critic(net, value_norm, rollout.next_obs[-1]).unsqueeze(0)])
-    cut = rollout.truncated.nonzero(as_tuple=True)
-    if len(cut[0]) and config.bootstrap_truncated:
-        next_value[cut] = critic(net, value_norm, rollout.next_obs[cut])
     terminated = rollout.terminated if config.bootstrap_truncated else rollout.terminated | rollout.truncated
+    # the value of the next row is the successor's, but at the rollout's end and where the clock cut an episode
+    cut = rollout.truncated & ~terminated
+    successors = rollout.next_obs[-1], rollout.next_obs[cut]
+    values = critic(net, value_norm, torch.cat([rollout.obs.flatten(0, 1), *successors]))
+    value = values[: num_steps * num_envs].view(num_steps, num_envs)
+    next_value = values[num_envs : (num_steps + 1) * num_envs].view(num_steps, num_envs)
+    next_value = next_value.masked_scatter(cut, values[(num_steps + 1) * num_envs :])
     advantage = functional.advantage(
         config.advantage,
         rollout.reward,

@@ -69,6 +69,25 @@ class Batch(NamedTuple):
     value: Tensor
 
 
+class Scalars(NamedTuple):
+    """What changes over a run without a gradient, [] each: tensors, so that a compiled step is compiled once."""
+
+    clip_low: Tensor
+    clip_high: Tensor
+    ent_coef: Tensor
+    kl_coef: Tensor
+
+
+class Metrics(NamedTuple):
+    """What a gradient step tells, then those of many: [K] and, for the log-ratio, [K, N]."""
+
+    policy_loss: Tensor
+    value_loss: Tensor
+    entropy: Tensor
+    log_ratio: Tensor
+    grad_norm: Tensor
+
+
 class PPO(Agent):
     name = "ppo"
 
@@ -92,7 +111,6 @@ class PPO(Agent):
             compiled=setting.compiled,
         )
 
-    @torch.no_grad()
     def act(self, obs: Tensor, explore: bool = True) -> Tensor:
         obs = self.obs_norm(obs) if self.obs_norm is not None else obs
         return self.net.sample(obs, self.noise.next(len(obs))) if explore else self.net.mode(obs)
@@ -106,13 +124,16 @@ class PPO(Agent):
         lr, scalars = self._schedules(progress)
         batch = self._batch(rollout)
 
-        epochs: list[Tensor] = []
+        epochs: list[Metrics] = []
         for epoch in range(config.update_epochs):
             if epoch and config.recompute_advantages:
                 batch = self._with_targets(batch, rollout)
             parts = minibatches(flatten_time(batch), config.num_minibatches, self.order if config.shuffle else None)
-            epochs.append(torch.stack([self.step(part, lr, scalars) for part in parts]))
-            kl = functional.approx_kl(log_ratios(epochs[-1]))
+            if config.norm_adv == "minibatch":
+                parts = parts._replace(advantage=functional.normalise(parts.advantage, dim=1))
+            steps = [self.step(Batch(*part), lr, scalars) for part in zip(*parts, strict=True)]
+            epochs.append(Metrics(*map(torch.stack, zip(*steps, strict=True))))
+            kl = functional.approx_kl(epochs[-1].log_ratio)
             if config.adaptive_lr_kl is not None:
                 lr = self._adapt_lr(lr, kl)
             if config.target_kl is not None and float(kl) > config.target_kl:
@@ -125,15 +146,14 @@ class PPO(Agent):
         # last, so that a whole update sees the statistics under which the actions were taken
         if self.obs_norm is not None:
             self.obs_norm.update(raw_obs)
-        steps = torch.cat(epochs)
-        policy_loss, value_loss, entropy = steps[:, :3].mean(0).unbind()
+        all_steps = Metrics(*map(torch.cat, zip(*epochs, strict=True)))
         metrics = {
-            "losses/policy_loss": policy_loss,
-            "losses/value_loss": value_loss,
-            "losses/entropy": entropy,
-            "losses/approx_kl": functional.approx_kl(log_ratios(steps)),
-            "losses/clipfrac": functional.clip_fraction(log_ratios(steps), scalars[0], scalars[1]),
-            "losses/grad_norm": steps[:, -1].mean(),
+            "losses/policy_loss": all_steps.policy_loss.mean(),
+            "losses/value_loss": all_steps.value_loss.mean(),
+            "losses/entropy": all_steps.entropy.mean(),
+            "losses/approx_kl": functional.approx_kl(all_steps.log_ratio),
+            "losses/clipfrac": functional.clip_fraction(all_steps.log_ratio, scalars.clip_low, scalars.clip_high),
+            "losses/grad_norm": all_steps.grad_norm.mean(),
             "losses/explained_variance": functional.explained_variance(batch.value, batch.returns),
         }
         if config.kl_coef is not None:
@@ -142,21 +162,19 @@ class PPO(Agent):
             metrics["losses/epochs"] = torch.tensor(float(len(epochs)))
         return {**metrics, "charts/learning_rate": lr, "charts/updates": self.updates.clone()}
 
-    def loss(self, batch: Batch, scalars: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss [] of a minibatch [N, ...]; and policy loss, value loss, entropy and N log-ratios as one vector.
-
-        `scalars` are what may change over a run: clip low, clip high, entropy weight, KL weight.
-        """
+    def loss(self, batch: Batch, scalars: Scalars) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The loss [] of a minibatch [N, ...] and its Metrics but the last."""
         config = self.config
-        clip_low, clip_high, ent_coef, kl_coef = scalars.unbind()
         distribution, value = self.net.policy_and_value(batch.obs)
         log_ratio = distribution.log_prob(batch.action) - batch.log_prob
-        advantage = functional.normalise(batch.advantage) if config.norm_adv == "minibatch" else batch.advantage
 
         if config.clip_coef is None:
-            policy_loss = functional.ppo_loss(log_ratio, advantage)
+            policy_loss = functional.ppo_loss(log_ratio, batch.advantage)
         else:
-            policy_loss = functional.ppo_clip_loss(log_ratio, advantage, clip_low, clip_high, config.dual_clip)
+            clip_high = None if config.clip_coef_high is None else scalars.clip_high
+            policy_loss = functional.ppo_clip_loss(
+                log_ratio, batch.advantage, scalars.clip_low, clip_high, config.dual_clip
+            )
         if config.vf_clip_coef is None:
             value_loss = functional.value_loss(value, batch.returns)
         else:
@@ -164,11 +182,11 @@ class PPO(Agent):
         entropy = distribution.entropy().mean()
         loss = policy_loss + config.vf_coef * value_loss
         if config.ent_coef or config.ent_coef_final:
-            loss = loss - ent_coef * entropy
+            loss = loss - scalars.ent_coef * entropy
         if config.kl_coef is not None:
-            loss = loss + kl_coef * functional.approx_kl(log_ratio)
+            loss = loss + scalars.kl_coef * functional.approx_kl(log_ratio)
 
-        return loss, torch.cat([torch.stack([policy_loss, value_loss, entropy]), log_ratio]).detach()
+        return loss, (policy_loss, value_loss, entropy, log_ratio)
 
     def _batch(self, rollout: Transition) -> Batch:
         with torch.no_grad():
@@ -188,7 +206,7 @@ class PPO(Agent):
             advantage = functional.normalise(advantage)
         return batch._replace(value=value, advantage=advantage, returns=returns)
 
-    def _schedules(self, progress: float) -> tuple[Tensor, Tensor]:
+    def _schedules(self, progress: float) -> tuple[Tensor, Scalars]:
         """The learning rate [] and the scalars of `loss` at `progress`."""
         config, left = self.config, 1.0 - progress
         low = config.clip_coef if config.clip_coef is not None else float("inf")
@@ -197,9 +215,8 @@ class PPO(Agent):
         last = config.ent_coef if config.ent_coef_final is None else config.ent_coef_final
         entropy = config.ent_coef * left + last * progress
         lr = config.learning_rate * (left if config.anneal_lr else 1.0) * self.lr_factor
-        scalars = torch.tensor([low * clip, high * clip, entropy, 0.0], device=lr.device)
-        scalars[3] = self.kl_coef
-        return lr, scalars
+        clip_low, clip_high, ent_coef = torch.tensor([low * clip, high * clip, entropy], device=lr.device).unbind()
+        return lr, Scalars(clip_low, clip_high, ent_coef, self.kl_coef)
 
     def _adapt_lr(self, lr: Tensor, kl: Tensor) -> Tensor:
         """A lower rate after an epoch that moved twice too far, a higher one after one that moved half too little."""
@@ -209,8 +226,3 @@ class PPO(Agent):
         before = self.lr_factor.clone()
         self.lr_factor.mul_(factor).clamp_(0.01, 30.0)
         return lr * (self.lr_factor / before)
-
-
-def log_ratios(steps: Tensor) -> Tensor:
-    """The log-ratios among the rows [K, 3 + N + 1] that gradient steps return, [K * N]."""
-    return steps[:, 3:-1].flatten()

@@ -253,7 +253,7 @@ def new_run_dir(config: RunConfig) -> Path:
     if config.run_dir is not None:
         return Path(config.run_dir)
     env = re.sub(r"[^\w.-]+", "_", config.env.id)
-    name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_seed{config.seed}_{secrets.token_hex(3)}"
+    name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_seed{config.seed}_{secrets.token_hex(4)}"
     return Path("runs", schema.algo_name(config.algo), env, name)
 
 
