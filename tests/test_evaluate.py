@@ -123,6 +123,14 @@ def test_the_agent_and_the_process_are_unchanged(name: str) -> None:
         assert torch.equal(agent.act(obs), twin.act(obs))
 
 
+@pytest.mark.parametrize(("limit", "length"), [(None, 30), (12, 12)])
+def test_an_env_without_a_time_limit_is_cut(monkeypatch: pytest.MonkeyPatch, limit: int | None, length: int) -> None:
+    """A policy that never ends its episodes would be evaluated for ever."""
+    monkeypatch.setattr("pgrl.evaluate.LONGEST", 30)
+    env = EnvConfig("tests.envs_for_tests:Counter-v0", max_episode_steps=limit)
+    assert evaluate(Still(), env, 3, seed=1).lengths == [length] * 3
+
+
 def test_the_envs_are_closed_even_where_the_agent_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     closed = []
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from pgrl import checkpoint
+from pgrl import checkpoint, env_ids
 from pgrl import config as configuration
 from pgrl.agents import Agent
 from pgrl.config import EvaluateConfig, RunConfig
@@ -30,6 +30,7 @@ from pgrl.errors import CheckpointError
 from pgrl.runs import make_agent, suitable_threads
 
 MAX_ENVS = 32
+LONGEST = 10_000  # steps of an episode of an env that has no time limit
 EVALUATION_STREAM = 1_000_003  # added to the seed, so that evaluation never plays the episodes of training
 
 
@@ -46,8 +47,11 @@ def evaluate(
 ) -> Evaluation:
     """Play `episodes` episodes side by side with the most likely actions; the agent does not change.
 
-    Each env plays a share of the episodes fixed beforehand, so short episodes are not over-represented.
+    Each env plays a share of the episodes fixed beforehand, so short episodes are not over-represented. Episodes of an
+    env without a time limit are cut after LONGEST steps: a policy that stands still would never end them.
     """
+    if env_config.max_episode_steps is None and env_ids.find(env_config.id).max_episode_steps is None:
+        env_config = replace(env_config, max_episode_steps=LONGEST)
     num_envs = min(episodes, MAX_ENVS)
     share = [len(range(i, episodes, num_envs)) for i in range(num_envs)]
     played: list[list[tuple[float, int]]] = [[] for _ in range(num_envs)]

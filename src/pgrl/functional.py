@@ -67,8 +67,15 @@ def td_lambda(
     gamma: float,
     lam: float,
 ) -> Tensor:
-    """The lambda-return G^lambda; all [T, B]. Sutton & Barto 2018, equation 12.2 with 12.18's time limits."""
-    return gae(reward, value, next_value, terminated, truncated, gamma, lam) + value
+    """The lambda-return: all n-step returns, weighted by (1 - lam) lam^(n - 1); all [T, B].
+
+    G_t = r_t + gamma * ((1 - lam) * V(s_{t+1}) + lam * G_{t+1}), with V alone where an episode is cut, and nothing
+    after a termination. Sutton & Barto 2018, equations 12.2 and 12.18.
+    """
+    goes_on = (~(terminated | truncated)).to(reward.dtype)
+    goes_on[-1] = 0.0
+    ahead = next_value.masked_fill(terminated, 0.0) * (1.0 - lam * goes_on)
+    return discounted_sum(reward + gamma * ahead, gamma * lam * goes_on)
 
 
 def monte_carlo(reward: Tensor, next_value: Tensor, terminated: Tensor, truncated: Tensor, gamma: float) -> Tensor:
@@ -118,11 +125,14 @@ def advantage(
 ) -> Tensor:
     """The advantage estimate named `kind`, one of ADVANTAGES; all [T, B].
 
-    `gae` and `td_lambda` are two names of one estimator: G^lambda - V. `lam` is used by these alone, `n` by `n_step`.
+    `gae` and `td_lambda` are one estimator, written as a sum of TD errors and as G^lambda - V. `lam` is used by these
+    alone, `n` by `n_step`.
     """
     match kind:
-        case "gae" | "td_lambda":
+        case "gae":
             return gae(reward, value, next_value, terminated, truncated, gamma, lam)
+        case "td_lambda":
+            return td_lambda(reward, value, next_value, terminated, truncated, gamma, lam) - value
         case "n_step":
             return n_step(reward, next_value, terminated, truncated, gamma, n) - value
         case "td0":

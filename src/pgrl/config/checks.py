@@ -115,14 +115,15 @@ def wrong_together(config: RunConfig) -> Iterator[Problem]:
     rollout = num_steps * config.num_envs
     size = f"num_steps * num_envs = {num_steps} * {config.num_envs} = {rollout}"
     parts = algo.get("num_minibatches", 1)
-    least = 2 if algo.get("norm_adv") in (True, "minibatch") else 1
+    normalised = algo.get("norm_adv")
+    least = 2 if normalised == "minibatch" else 1  # transitions of a minibatch
 
     def fits(n: int) -> bool:
         return n >= 1 and rollout % n == 0 and rollout // n >= least
 
-    if rollout < least:
+    if normalised and rollout < 2:
         why = f"one transition ({size}) cannot be normalised"
-        yield Problem("algo.norm_adv", algo["norm_adv"], why, ("algo.num_steps=16",))
+        yield Problem("algo.norm_adv", normalised, why, ("algo.num_steps=16",))
     elif not fits(parts):
         why = f"does not divide the rollout of {size}"
         if rollout % parts == 0:
