@@ -37,6 +37,31 @@ def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+IDLE = {
+    "algo.n_step": "algo.n_step=3",
+    "algo.gae_lambda": "algo.gae_lambda=0.9 algo.advantage=td0",
+    "algo.clip_obs": "algo.clip_obs=5 env=CartPole-v1",
+    "algo.anneal_clip": "algo.anneal_clip=true algo.clip_coef=null",
+    "algo.clip_grad_per_network": "algo.clip_grad_per_network=true algo.max_grad_norm=null",
+    "algo.kl_coef_target": "algo.kl_coef_target=0.02",
+    "algo.rms_prop_alpha": "algo.rms_prop_alpha=0.9 algo=a2c algo.optimizer=adam",
+    "algo.network.policy_gain": "algo.network.policy_gain=1 algo.network.init=xavier",
+    "algo.network.value_gain": "algo.network.value_gain=2 algo.network.init=xavier",
+}
+
+
+@pytest.mark.parametrize("key", checks.NEEDS)
+def test_a_key_without_effect_is_told(key: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words, jobs = IDLE[key].split(), []
+    config.main(words, jobs.append)
+    note = capsys.readouterr().err
+    needed = checks.NEEDS[key].words
+    assert note == f"note: {words[0]} changes nothing without {needed}\n"
+    others = [word for word in words if word.partition("=")[0] != needed.partition("=")[0]]
+    config.main([*others, needed], jobs.append)
+    assert not capsys.readouterr().err and len(jobs) == 2
+
+
 @pytest.fixture
 def configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of configs/ to change."""

@@ -114,7 +114,10 @@ def command(argv: list[str], job: Callable[[RunConfig], object]) -> None:
     elif options.multirun:
         sweep(words, job)
     else:
-        job(compose(words))
+        config = compose(words)
+        for note in checks.without_effect(config, values_of(words)):
+            print(note, file=sys.stderr)
+        job(config)
 
 
 def names(group: str) -> list[str]:

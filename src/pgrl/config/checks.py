@@ -21,6 +21,27 @@ if TYPE_CHECKING:
     from pgrl.config.schema import RunConfig
 
 
+class Needs(NamedTuple):
+    """When a key counts, and the words that see to it."""
+
+    counts: Callable[[Any], bool]
+    words: str
+
+
+# By the dotted name, for every algorithm that has the key; the function is asked about the algorithm's config.
+NEEDS: dict[str, Needs] = {
+    "algo.n_step": Needs(lambda a: a.advantage == "n_step", "algo.advantage=n_step"),
+    "algo.gae_lambda": Needs(lambda a: a.advantage in ("gae", "td_lambda"), "algo.advantage=gae"),
+    "algo.clip_obs": Needs(lambda a: a.norm_obs, "algo.norm_obs=true"),
+    "algo.anneal_clip": Needs(lambda a: a.clip_coef is not None, "algo.clip_coef=0.2"),
+    "algo.clip_grad_per_network": Needs(lambda a: a.max_grad_norm is not None, "algo.max_grad_norm=0.5"),
+    "algo.kl_coef_target": Needs(lambda a: a.kl_coef is not None, "algo.kl_coef=1.0"),
+    "algo.rms_prop_alpha": Needs(lambda a: a.optimizer == "rmsprop", "algo.optimizer=rmsprop"),
+    "algo.network.policy_gain": Needs(lambda a: a.network.init == "orthogonal", "algo.network.init=orthogonal"),
+    "algo.network.value_gain": Needs(lambda a: a.network.init == "orthogonal", "algo.network.init=orthogonal"),
+}
+
+
 class Problem(NamedTuple):
     """Something wrong with one key, and what puts it right."""
 
@@ -143,6 +164,13 @@ def wrong_together(config: RunConfig) -> Iterator[Problem]:
         why = "does nothing where algo.network.shared=true gives both networks one body"
         key = "algo.network.value_hidden_sizes"
         yield Problem(key, network.value_hidden_sizes, why, (f"{key}=null",))
+
+
+def without_effect(config: RunConfig, given: dict[str, str]) -> Iterator[str]:
+    """A note for each key of a command that changes nothing, given the rest of the configuration."""
+    for key, value in given.items():
+        if key in NEEDS and not NEEDS[key].counts(config.algo):
+            yield f"note: {key}={value} changes nothing without {NEEDS[key].words}"
 
 
 def wrong_env(env_id: str) -> Iterator[Problem]:
