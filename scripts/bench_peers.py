@@ -52,8 +52,9 @@ class Workload:
         return self.iterations * self.num_envs * self.num_steps
 
 
-# Whatever a tuned file might set is set here. The value loss is half the peer's: 1.0 is its vf_coef of 0.5.
-PLAIN = """algo.norm_obs=false algo.norm_reward=false algo.clip_reward=null algo.norm_value=false
+# No tuned file; where the defaults of the two sides differ, both are set. pgrl's value loss is half the peer's: 1.0 is
+# its vf_coef of 0.5.
+PLAIN = """tuned=null algo.norm_obs=false algo.norm_reward=false algo.clip_reward=null algo.norm_value=false
 algo.anneal_lr=false algo.network.hidden_sizes=[64,64] algo.network.value_hidden_sizes=null
 algo.network.activation=tanh algo.network.shared=false algo.policy.distribution=gaussian
 algo.policy.state_dependent_std=false algo.policy.log_std_init=0 algo.gamma=0.99

@@ -47,7 +47,9 @@ WRONG = [
     # what does not fit together
     ("algo.num_minibatches=7", "algo.num_minibatches=7", "does not divide"),
     ("algo.num_minibatches=256", "algo.num_minibatches=256", "cannot be normalised"),
-    ("algo.norm_adv=batch num_envs=1 algo.num_steps=1 algo.num_minibatches=1", "algo.norm_adv=batch", "normalised"),
+    ("algo.norm_adv=batch num_envs=1 algo.num_steps=1 algo.num_minibatches=1", "algo.num_steps=1", "normalised"),
+    ("algo.num_minibatches=100000000", "algo.num_minibatches=100000000", "does not divide"),
+    ("algo.update_epochs=1 algo.target_kl=0.02", "algo.update_epochs=1", "nothing to judge"),
     ("total_timesteps=10", "total_timesteps=10", "less than one rollout"),
     ("algo.clip_coef=null algo.dual_clip=3", "algo.dual_clip=3", "switches clipping off"),
     ("algo.gamma=2 env=Hoper-v4 seed=-1", "seed=-1", "must be in [0, 1]"),

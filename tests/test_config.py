@@ -47,6 +47,9 @@ IDLE = {
     "algo.rms_prop_alpha": "algo.rms_prop_alpha=0.9 algo=a2c algo.optimizer=adam",
     "algo.network.policy_gain": "algo.network.policy_gain=1 algo.network.init=xavier",
     "algo.network.value_gain": "algo.network.value_gain=2 algo.network.init=xavier",
+    "algo.policy.log_std_init": "algo.policy.log_std_init=-1 algo.policy.distribution=beta",
+    "algo.policy.state_dependent_std": "algo.policy.state_dependent_std=true algo.policy.distribution=beta",
+    "eval_episodes": "eval_episodes=7",
 }
 
 
@@ -60,6 +63,13 @@ def test_a_key_without_effect_is_told(key: str, capsys: pytest.CaptureFixture[st
     others = [word for word in words if word.partition("=")[0] != needed.partition("=")[0]]
     config.main([*others, needed], jobs.append)
     assert not capsys.readouterr().err and len(jobs) == 2
+
+
+def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert config.compose(["compile=false"]).compile is False
+    with pytest.raises(UserError, match="compile=True: needs a C.. compiler(.|\n)*Try: .* compile=false"):
+        config.compose(["compile=true"])
 
 
 @pytest.fixture
@@ -100,8 +110,6 @@ def test_every_algorithm_has_a_schema_and_an_agent() -> None:
 
 def test_choices_are_those_of_the_code() -> None:
     assert set(checks.CHOICES["activation"]) == set(pgrl.networks.ACTIVATIONS)
-    for key, known in (("body", "BODIES"), ("init", "INITS"), ("distribution", "DISTRIBUTIONS")):
-        assert set(checks.CHOICES[key]) == set(getattr(pgrl.networks, known))
     assert set(checks.CHOICES["advantage"]) == set(pgrl.functional.ADVANTAGES)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -14,7 +16,7 @@ from gymnasium.wrappers import OrderEnforcing, TimeLimit
 from tests import envs_for_tests
 from torch import Tensor
 
-from pgrl import checkpoint
+from pgrl import checkpoint, env_ids
 from pgrl.data import Rollout, Step, action_rows
 from pgrl.envs import BACKENDS, EnvConfig, Episode, VecEnv, make_vec
 from pgrl.envs.base import episode_seed
@@ -582,6 +584,20 @@ def test_an_unknown_id_gets_its_near_misses(name: str, hint: str) -> None:
     assert text.startswith(f"env={name}: ") and "Did you mean" in text and hint in text
     assert text.count("Did you mean") == 1
     assert "python -m pgrl.train --envs" in text
+
+
+def test_atari_ids_are_registered_by_their_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gymnasium does not import ale_py by itself."""
+    assert env_ids.missing_package("ALE/Pretended-v5") == ("ale_py", "ale-py")
+    (tmp_path / "ale_py.py").write_text(
+        "import gymnasium\n"
+        "from tests.envs_for_tests import Counter\n"
+        "gymnasium.register('ALE/Pretended-v5', Counter, max_episode_steps=3)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert env_ids.missing_package("ALE/Pretended-v5") is None
+    assert vec("ALE/Pretended-v5").reset().shape == (2, 2)
+    del gymnasium.registry["ALE/Pretended-v5"], sys.modules["ale_py"]
 
 
 def test_an_id_like_no_other_gets_the_list() -> None:

@@ -17,6 +17,7 @@ from pgrl import checkpoint
 from pgrl.config import compose
 from pgrl.data import Rollout
 from pgrl.errors import UserError
+from pgrl.evaluate import Evaluation
 from pgrl.evaluate import main as evaluate_main
 from pgrl.logger import read_rows
 from pgrl.runs import build
@@ -212,6 +213,25 @@ def test_full_disk_does_not_stop_training(tmp_path: Path, monkeypatch: pytest.Mo
     assert calls == 8
     assert "no checkpoint at step" in (run_dir / "train.log").read_text()
     assert last_state(run_dir)["position"]["step"] == 1920  # type: ignore[index]
+
+
+def test_best_is_what_could_be_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A best evaluation whose checkpoint the disk refused is not one that others must beat, nor one to load."""
+    refused = 0
+
+    def refuse(name: str, path: Path) -> None:
+        nonlocal refused
+        if "checkpoints" in str(path) and name == "fsync" and refused < 1:
+            refused += 1
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "_operation", refuse)
+    monkeypatch.setattr("pgrl.train.evaluate", lambda *_: Evaluation([100.0 - next(falling)], [1]))
+    falling = iter(range(100))
+    run_dir = run(tmp_path, "run", *PPO, "total_timesteps=2000", "eval_every=500", "save_every=null")
+    evaluated = [row["step"] for row in read_rows(run_dir) if "eval/return_mean" in row]
+    assert refused == 1 and last_state(run_dir)["position"]["best_step"] == evaluated[1]
+    assert pgrl.load(run_dir, "best")
 
 
 def test_nan_reward_stops_the_run_and_names_it(tmp_path: Path) -> None:

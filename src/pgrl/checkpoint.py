@@ -117,7 +117,7 @@ def load_newest(run_dir: Path, warn: Callable[[str], None]) -> tuple[int, State]
             warn("\n".join([*problems, f"Using the checkpoint of step {step:,} instead: {lost}."]))
         return step, state
     message = f"resume={run_dir}: this folder holds no checkpoint that can be used."
-    raise CheckpointError("\n".join([message, *problems, _ELSEWHERE]))
+    raise CheckpointError("\n".join([message, *problems, "Start a new run: python -m pgrl.train"]))
 
 
 def folder(run_dir: Path, step: int) -> Path:
@@ -296,8 +296,6 @@ def _join(tree: Any, tensors: dict[str, torch.Tensor]) -> State:
 
 # The run's folder and its other files.
 
-_ELSEWHERE = "Start a new run in a new folder:  python -m pgrl.train algo=<name> env=<id> run_dir=<folder>"
-
 
 def is_unused(path: Path) -> bool:
     """Whether a folder is empty but for what a run leaves there that died before its first file."""
@@ -311,18 +309,20 @@ def claim(path: Path) -> Iterator[None]:
         make_dir(path.parent)
         make_dir(path)
     except OSError as error:
-        raise UserError(f"run_dir={path}: this folder cannot be made: {error.strerror}.\n{_ELSEWHERE}") from None
-    with lock(path):
+        raise UserError(
+            f"run_dir={path}: this folder cannot be made: {error.strerror}.\nUse another one, as run_dir=pgrl-run"
+        ) from None
+    with lock(path, "run_dir"):
         if not is_unused(path):  # asked under the lock, so that of many that come at once one goes on
             why = "this folder exists already, and two runs never share one.\n"
-            why += f"Continue the run in it:  python -m pgrl.train resume={path}\n"
-            raise UserError(f"run_dir={path}: {why}{_ELSEWHERE}")
+            why += f"Continue the run in it:  python -m pgrl.train resume={path}\nor use another one: run_dir={path}-2"
+            raise UserError(f"run_dir={path}: {why}")
         yield
 
 
 @contextmanager
-def lock(run_dir: Path) -> Iterator[None]:
-    """Holds a run's folder for this process alone; UserError if another has it. Any death frees it."""
+def lock(run_dir: Path, key: str = "resume") -> Iterator[None]:
+    """Holds a run's folder, given as `key`, for this process alone; UserError if another has it. Any death frees it."""
     path = run_dir / ".lock"
     with ExitStack() as stack:
         try:
@@ -330,11 +330,14 @@ def lock(run_dir: Path) -> Iterator[None]:
             file = stack.enter_context(open(path, "a+", encoding="ascii"))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            why = f"this folder cannot be locked: {error.strerror}."
+            why = (
+                f"this folder cannot be locked: {error.strerror}.\nContinue a copy of it:  cp -r {run_dir} {run_dir}-2"
+            )
             if isinstance(error, BlockingIOError):
                 file.seek(0)
-                why = f"another process (pid {file.read(20).strip()}) is running in this folder."
-            raise UserError(f"run_dir={run_dir}: {why}\n{_ELSEWHERE}") from None
+                pid = file.read(20).strip()
+                why = f"another process (pid {pid}) is running in this folder.\nTo make it save and stop:  kill {pid}"
+            raise UserError(f"{key}={run_dir}: {why}") from None
         with suppress(OSError):
             os.truncate(path, 0)
             os.write(file.fileno(), f"{os.getpid()}\n".encode())

@@ -38,7 +38,9 @@ def find(env_id: str) -> EnvSpec:
 
 def missing_package(env_id: str) -> tuple[str, str] | None:
     """The module that an env needs and that is not installed, and what `pip install` should be given, if any."""
-    place = "ALE" if env_id.startswith("ALE/") else str(find(env_id).entry_point).rpartition(":")[0]
+    if env_id.startswith("ALE/") and not find_spec("ale_py"):
+        return PACKAGES["ALE"]
+    place = str(find(env_id).entry_point).rpartition(":")[0]
     for start, (module, package) in PACKAGES.items():
         if place.startswith(start) and find_spec(module) is None:
             return module, package

@@ -37,7 +37,7 @@ def discounted_sum(x: Tensor, decay: Tensor) -> Tensor:
 
 def td_error(reward: Tensor, value: Tensor, next_value: Tensor, terminated: Tensor, gamma: float) -> Tensor:
     """The one-step residual r + gamma * V(s') * (1 - terminated) - V(s); all [T, B]."""
-    return reward + gamma * next_value.masked_fill(terminated, 0.0) - value
+    return td0(reward, next_value, terminated, gamma) - value
 
 
 def gae(
@@ -96,7 +96,7 @@ def n_step(reward: Tensor, next_value: Tensor, terminated: Tensor, truncated: Te
     Sutton & Barto 2018, equation 7.1. n = 1 is the TD(0) target.
     """
     done = terminated | truncated
-    one = reward + gamma * next_value.masked_fill(terminated, 0.0)
+    one = td0(reward, next_value, terminated, gamma)
     returns = one
     for _ in range(min(n, len(reward)) - 1):
         longer = torch.where(done[:-1], one[:-1], reward[:-1] + gamma * returns[1:])
@@ -136,7 +136,7 @@ def advantage(
         case "n_step":
             return n_step(reward, next_value, terminated, truncated, gamma, n) - value
         case "td0":
-            return td0(reward, next_value, terminated, gamma) - value
+            return td_error(reward, value, next_value, terminated, gamma)
         case "monte_carlo":
             return monte_carlo(reward, next_value, terminated, truncated, gamma) - value
     raise ValueError(f"advantage={kind!r}: choose one of {', '.join(ADVANTAGES)}")

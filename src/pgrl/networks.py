@@ -32,9 +32,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
 }
-BODIES = ("auto", "mlp", "cnn")
-INITS = ("orthogonal", "xavier")
-DISTRIBUTIONS = ("gaussian", "squashed", "beta")
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """One gradient step: gradients of a loss, their norm clipped, one optimiser step.
 
-The step is a function of tensors that changes parameters and moments in place, so one and the same code runs eagerly
-or compiled into a single graph. Gradients, moments and parameters are flat vectors: an optimiser is a handful of
-operations whatever the network.
+The step is a function of tensors that changes parameters and moments in place, and runs eagerly or compiled into a
+single graph: the same loss, gradient and clipping, and the same update, which torch's fused kernel takes eagerly.
+Gradients, moments and parameters are flat vectors: an optimiser is a handful of operations whatever the network.
 """
 
 from __future__ import annotations

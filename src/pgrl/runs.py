@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -94,15 +94,19 @@ class Run:
         for name, part in vars(self).items():
             part.load_state_dict(state[name])
         now = made_with(self.agent)
-        changed = [f"{k} was {v}, is {now[k]}" for k, v in state["made_with"].items() if v != now[k]]
+        changed = [f"{k} was {v}, is {now.get(k)}" for k, v in state["made_with"].items() if v != now.get(k)]
         if changed:
             log.warning("the run goes on, but perhaps not bit for bit: %s", ", ".join(changed))
 
 
 def made_with(agent: Agent) -> dict[str, Any]:
     """What results depend on to the last bit, beside the configuration."""
-    versions = {name: version(name) for name in ("torch", "numpy", "gymnasium")}
-    return {**versions, "threads": torch.get_num_threads(), "device": str(agent.device), "machine": platform.machine()}
+    made: dict[str, Any] = {"python": platform.python_version()}
+    for name in ("pgrl", "torch", "numpy", "gymnasium", "mujoco", "box2d"):
+        with suppress(PackageNotFoundError):
+            made[name] = version(name)
+    processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return {**made, "threads": torch.get_num_threads(), "device": str(agent.device), "processor": processor}
 
 
 def detached(tree: Any) -> Any:
@@ -153,7 +157,7 @@ class Warnings(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         message = record.getMessage().strip()
         if message not in self.messages:
-            say(f"warning: {message}", file=sys.stderr)
+            say(f"{record.levelname.lower()}: {message}", file=sys.stderr)
         self.messages[message] = self.messages.get(message, 0) + 1
 
 

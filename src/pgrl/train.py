@@ -82,7 +82,7 @@ def train(config: RunConfig, run: Run, logger: Logger, progress: Progress, run_d
             finished = position.iteration == iterations
 
             evaluation: dict[str, float] = {}
-            improved = False
+            improved, best = False, (position.best_step, position.best_return)
             if config.eval_every and (finished or due(config.eval_every, position.step, steps)):
                 returns = evaluate(agent, config.env, config.eval_episodes, config.seed, device).returns
                 evaluation = {"eval/return_mean": float(np.mean(returns)), "eval/return_std": float(np.std(returns))}
@@ -102,6 +102,8 @@ def train(config: RunConfig, run: Run, logger: Logger, progress: Progress, run_d
             if finished or improved or due(config.save_every, position.step, steps):
                 last = run.snapshot()
                 saved = save(last, config, run, run_dir, logger, signals)
+                if improved and not saved:  # what is not on disk is not the best checkpoint
+                    position.best_step, position.best_return = best
                 if finished and not saved:
                     raise checkpoint.SaveError("the last checkpoint could not be written")
             elif time.perf_counter() - last.time > SNAPSHOT_SECONDS:
@@ -188,8 +190,3 @@ def launch(config: RunConfig) -> Path:
             write_status(run_dir, outcome, config, run)
         say(last_words(run_dir, run, warnings))
     return run_dir
-
-
-def main(argv: list[str] | None = None) -> None:
-    """The command line, its arguments given."""
-    configuration.main(argv, launch)

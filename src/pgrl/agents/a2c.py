@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pgrl import functional
 from pgrl.agents.base import Agent, Setting, generator
-from pgrl.agents.on_policy import OnPolicyConfig, make_normalisers, shape_rewards, targets, update_value_norm
+from pgrl.agents.on_policy import OnPolicyConfig, make_normalisers, prepare, targets, update_value_norm
 from pgrl.data import NoiseStream, Transition, flatten_time
 from pgrl.networks import ActorCritic
 from pgrl.optim import Adam, GradientStep, RMSProp
@@ -74,10 +74,7 @@ class A2C(Agent):
 
     def update(self, rollout: Transition, progress: float) -> dict[str, Tensor]:
         config, raw_obs = self.config, rollout.obs
-        reward = shape_rewards(config, self.reward_scaler, rollout)
-        rollout = rollout._replace(reward=reward, action=self.net.to_policy_units(rollout.action))
-        if self.obs_norm is not None:
-            rollout = rollout._replace(obs=self.obs_norm(rollout.obs), next_obs=self.obs_norm(rollout.next_obs))
+        rollout = prepare(config, self.net, self.obs_norm, self.reward_scaler, rollout)
         value, advantage, returns = targets(config, self.net, self.value_norm, rollout)
         if self.value_norm is not None:
             update_value_norm(self.value_norm, self.net.value_head, returns)

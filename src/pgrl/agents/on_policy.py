@@ -1,4 +1,4 @@
-"""What the on-policy algorithms share: how a rollout becomes observations, rewards, values and advantages."""
+"""What the on-policy algorithms share: how a rollout becomes what their losses take."""
 
 from __future__ import annotations
 
@@ -87,12 +87,23 @@ def targets(config: OnPolicyConfig, net: ActorCritic, value_norm: RunningNorm | 
 
 
 @torch.no_grad()
-def shape_rewards(config: OnPolicyConfig, scaler: RewardScaler | None, rollout: Transition) -> Tensor:
-    """Rewards [T, B] scaled and clipped as configured."""
-    reward = rollout.reward
+def prepare(
+    config: OnPolicyConfig,
+    net: ActorCritic,
+    obs_norm: RunningNorm | None,
+    scaler: RewardScaler | None,
+    rollout: Transition,
+) -> Transition:
+    """The rollout with normalised observations, scaled and clipped rewards, and actions in the policy's units."""
+    obs, next_obs, reward = rollout.obs, rollout.next_obs, rollout.reward
+    if obs_norm is not None:
+        obs, next_obs = obs_norm(obs), obs_norm(next_obs)
     if scaler is not None:
         reward = scaler(reward, rollout.terminated | rollout.truncated)
-    return reward if config.clip_reward is None else reward.clamp(-config.clip_reward, config.clip_reward)
+    if config.clip_reward is not None:
+        reward = reward.clamp(-config.clip_reward, config.clip_reward)
+    action = net.to_policy_units(rollout.action)
+    return rollout._replace(obs=obs, next_obs=next_obs, reward=reward, action=action)
 
 
 @torch.no_grad()

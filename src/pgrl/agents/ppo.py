@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pgrl import functional
 from pgrl.agents.base import Agent, Setting, generator
-from pgrl.agents.on_policy import OnPolicyConfig, make_normalisers, shape_rewards, targets, update_value_norm
+from pgrl.agents.on_policy import OnPolicyConfig, make_normalisers, prepare, targets, update_value_norm
 from pgrl.data import NoiseStream, Transition, flatten_time, minibatches
 from pgrl.networks import ActorCritic
 from pgrl.optim import Adam, GradientStep
@@ -117,10 +117,7 @@ class PPO(Agent):
 
     def update(self, rollout: Transition, progress: float) -> dict[str, Tensor]:
         config, raw_obs = self.config, rollout.obs
-        reward = shape_rewards(config, self.reward_scaler, rollout)
-        rollout = rollout._replace(reward=reward, action=self.net.to_policy_units(rollout.action))
-        if self.obs_norm is not None:
-            rollout = rollout._replace(obs=self.obs_norm(rollout.obs), next_obs=self.obs_norm(rollout.next_obs))
+        rollout = prepare(config, self.net, self.obs_norm, self.reward_scaler, rollout)
         lr, scalars = self._schedules(progress)
         batch = self._batch(rollout)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import difflib
-import itertools
 import json
 import math
 import os
 import re
 import shlex
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,17 +28,24 @@ class Needs(NamedTuple):
     words: str
 
 
-# By the dotted name, for every algorithm that has the key; the function is asked about the algorithm's config.
+# By the dotted name, for every algorithm that has the key; the function is asked about the run's configuration.
 NEEDS: dict[str, Needs] = {
-    "algo.n_step": Needs(lambda a: a.advantage == "n_step", "algo.advantage=n_step"),
-    "algo.gae_lambda": Needs(lambda a: a.advantage in ("gae", "td_lambda"), "algo.advantage=gae"),
-    "algo.clip_obs": Needs(lambda a: a.norm_obs, "algo.norm_obs=true"),
-    "algo.anneal_clip": Needs(lambda a: a.clip_coef is not None, "algo.clip_coef=0.2"),
-    "algo.clip_grad_per_network": Needs(lambda a: a.max_grad_norm is not None, "algo.max_grad_norm=0.5"),
-    "algo.kl_coef_target": Needs(lambda a: a.kl_coef is not None, "algo.kl_coef=1.0"),
-    "algo.rms_prop_alpha": Needs(lambda a: a.optimizer == "rmsprop", "algo.optimizer=rmsprop"),
-    "algo.network.policy_gain": Needs(lambda a: a.network.init == "orthogonal", "algo.network.init=orthogonal"),
-    "algo.network.value_gain": Needs(lambda a: a.network.init == "orthogonal", "algo.network.init=orthogonal"),
+    "algo.n_step": Needs(lambda c: getattr(c.algo, "advantage", "n_step") == "n_step", "algo.advantage=n_step"),
+    "algo.gae_lambda": Needs(lambda c: c.algo.advantage in ("gae", "td_lambda"), "algo.advantage=gae"),
+    "algo.clip_obs": Needs(lambda c: c.algo.norm_obs, "algo.norm_obs=true"),
+    "algo.anneal_clip": Needs(lambda c: c.algo.clip_coef is not None, "algo.clip_coef=0.2"),
+    "algo.clip_grad_per_network": Needs(lambda c: c.algo.max_grad_norm is not None, "algo.max_grad_norm=0.5"),
+    "algo.kl_coef_target": Needs(lambda c: c.algo.kl_coef is not None, "algo.kl_coef=1.0"),
+    "algo.rms_prop_alpha": Needs(lambda c: c.algo.optimizer == "rmsprop", "algo.optimizer=rmsprop"),
+    "algo.network.policy_gain": Needs(lambda c: c.algo.network.init == "orthogonal", "algo.network.init=orthogonal"),
+    "algo.network.value_gain": Needs(lambda c: c.algo.network.init == "orthogonal", "algo.network.init=orthogonal"),
+    "algo.policy.log_std_init": Needs(
+        lambda c: c.algo.policy.distribution != "beta", "algo.policy.distribution=gaussian"
+    ),
+    "algo.policy.state_dependent_std": Needs(
+        lambda c: c.algo.policy.distribution != "beta", "algo.policy.distribution=gaussian"
+    ),
+    "eval_episodes": Needs(lambda c: c.eval_every is not None, "eval_every=10000"),
 }
 
 
@@ -139,21 +146,24 @@ def wrong_together(config: RunConfig) -> Iterator[Problem]:
     normalised = algo.get("norm_adv")
     least = 2 if normalised == "minibatch" else 1  # transitions of a minibatch
 
-    def fits(n: int) -> bool:
-        return n >= 1 and rollout % n == 0 and rollout // n >= least
-
     if normalised and rollout < 2:
         why = f"one transition ({size}) cannot be normalised"
-        yield Problem("algo.norm_adv", normalised, why, ("algo.num_steps=16",))
-    elif not fits(parts):
+        yield Problem("algo.num_steps", num_steps, why, ("algo.num_steps=16",))
+    elif rollout % parts or rollout // parts < least:
         why = f"does not divide the rollout of {size}"
         if rollout % parts == 0:
             why = f"leaves minibatches of one transition ({size}), whose advantages cannot be normalised"
-        nearest = next(n for d in itertools.count() for n in (parts - d, parts + d) if fits(n))
+        fitting = (n for n in divisors(rollout) if rollout // n >= least)
+        nearest = min(fitting, key=lambda n: abs(n - parts))
         yield Problem("algo.num_minibatches", parts, why, (f"algo.num_minibatches={nearest}",))
     if config.total_timesteps < rollout:
         why = f"is less than one rollout of {size}"
         yield Problem("total_timesteps", config.total_timesteps, why, (f"total_timesteps={rollout}",))
+    for key in ("target_kl", "adaptive_lr_kl", "kl_coef"):
+        epochs = algo.get("update_epochs", 0)
+        if algo.get(key) is not None and epochs == 1 and (parts == 1 or key == "target_kl"):
+            why = f"leaves algo.{key} nothing to judge: the KL is measured before a gradient step, from the first on"
+            yield Problem("algo.update_epochs", epochs, why, ("algo.update_epochs=2",))
     if algo.get("clip_coef", 0.0) is None:
         for key in ("clip_coef_high", "dual_clip"):
             if algo[key] is not None:
@@ -166,10 +176,16 @@ def wrong_together(config: RunConfig) -> Iterator[Problem]:
         yield Problem(key, network.value_hidden_sizes, why, (f"{key}=null",))
 
 
+def divisors(n: int) -> list[int]:
+    """All divisors of a whole number above 0."""
+    small = [k for k in range(1, math.isqrt(n) + 1) if n % k == 0]
+    return [*small, *(n // k for k in small)]
+
+
 def without_effect(config: RunConfig, given: dict[str, str]) -> Iterator[str]:
     """A note for each key of a command that changes nothing, given the rest of the configuration."""
     for key, value in given.items():
-        if key in NEEDS and not NEEDS[key].counts(config.algo):
+        if key in NEEDS and not NEEDS[key].counts(config):
             yield f"note: {key}={value} changes nothing without {NEEDS[key].words}"
 
 
@@ -211,6 +227,12 @@ def wrong_device(device: str) -> Iterator[Problem]:
             return
         why = f"torch {torch.__version__} sees {count} GPUs"
     yield Problem("device", device, f"CUDA is not available: {why}", ("device=cpu",))
+
+
+def wrong_compile() -> Iterator[Problem]:
+    """Compilation without a compiler."""
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):
+        yield Problem("compile", True, "needs a C++ compiler, g++ or clang++, and there is none", ("compile=false",))
 
 
 def wrong_folder(run_dir: Path, given: bool) -> Iterator[Problem]:
@@ -259,5 +281,7 @@ def check(config: RunConfig, keys: dict[str, schema.Key]) -> list[Problem]:
     problems += wrong_env(config.env.id)
     if not any(p.key == "device" for p in problems):
         problems += wrong_device(config.device)
+    if config.compile:
+        problems += wrong_compile()
     problems += wrong_folder(Path("runs/new" if config.run_dir is None else config.run_dir), config.run_dir is not None)
     return problems

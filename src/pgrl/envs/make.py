@@ -12,7 +12,7 @@ from gymnasium.envs.registration import load_env_creator
 from gymnasium.error import DependencyNotInstalled
 from gymnasium.wrappers import OrderEnforcing, TimeLimit
 
-from pgrl.env_ids import PACKAGES, near_ids
+from pgrl.env_ids import PACKAGES, find, near_ids
 from pgrl.envs.base import EnvConfig
 from pgrl.errors import UserError
 
@@ -35,6 +35,7 @@ def make(config: EnvConfig, num_envs: int) -> list[Env]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*The environment .* is out of date", DeprecationWarning)
         try:
+            find(config.id)  # imports what registers it
             return [gymnasium.make(config.id, disable_env_checker=True, **options) for _ in range(num_envs)]
         except (DependencyNotInstalled, ModuleNotFoundError) as error:
             raise missing_package(config.id, error) from error
