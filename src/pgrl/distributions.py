@@ -178,7 +178,7 @@ class Categorical(NamedTuple):
         return self.logits.argmax(-1)
 
     def log_prob(self, action: Tensor) -> Tensor:
-        return self.logits.log_softmax(-1).gather(-1, action.long().unsqueeze(-1)).squeeze(-1)
+        return -F.cross_entropy(self.logits, action, reduction="none")
 
     def entropy(self) -> Tensor:
         log_p = self.logits.log_softmax(-1)
