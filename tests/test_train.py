@@ -139,12 +139,21 @@ def test_snapshot_does_not_change_with_the_run(algo: list[str]) -> None:
     assert not equal(after["agent"]["net"], before["agent"]["net"])
 
 
-def test_last_checkpoint_that_cannot_be_written_fails_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def full_disk(monkeypatch: pytest.MonkeyPatch, times: int) -> list[Path]:
+    """From now on the disk refuses so many writes of checkpoints; those it has refused."""
+    refused: list[Path] = []
+
     def refuse(name: str, path: Path) -> None:
-        if "checkpoints" in str(path) and name == "fsync":
+        if "checkpoints" in str(path) and name == "fsync" and len(refused) < times:
+            refused.append(path)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(checkpoint, "_operation", refuse)
+    return refused
+
+
+def test_last_checkpoint_that_cannot_be_written_fails_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full_disk(monkeypatch, times=10**9)
     with pytest.raises(checkpoint.SaveError):
         run(tmp_path, "run", *PPO, "total_timesteps=1000")
     monkeypatch.undo()
@@ -200,37 +209,21 @@ def test_run_killed_before_its_first_checkpoint_starts_again(tmp_path: Path) -> 
 
 
 def test_full_disk_does_not_stop_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = 0
-
-    def refuse(name: str, path: Path) -> None:
-        nonlocal calls
-        if "checkpoints" in str(path) and name == "fsync" and calls < 8:
-            calls += 1
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(checkpoint, "_operation", refuse)
+    refused = full_disk(monkeypatch, times=8)
     run_dir = run(tmp_path, "run", *PPO, "total_timesteps=2000", "save_every=128")
-    assert calls == 8
+    assert len(refused) == 8
     assert "no checkpoint at step" in (run_dir / "train.log").read_text()
     assert last_state(run_dir)["position"]["step"] == 1920  # type: ignore[index]
 
 
 def test_best_is_what_could_be_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A best evaluation whose checkpoint the disk refused is not one that others must beat, nor one to load."""
-    refused = 0
-
-    def refuse(name: str, path: Path) -> None:
-        nonlocal refused
-        if "checkpoints" in str(path) and name == "fsync" and refused < 1:
-            refused += 1
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(checkpoint, "_operation", refuse)
+    refused = full_disk(monkeypatch, times=1)
     monkeypatch.setattr("pgrl.train.evaluate", lambda *_: Evaluation([100.0 - next(falling)], [1]))
     falling = iter(range(100))
     run_dir = run(tmp_path, "run", *PPO, "total_timesteps=2000", "eval_every=500", "save_every=null")
     evaluated = [row["step"] for row in read_rows(run_dir) if "eval/return_mean" in row]
-    assert refused == 1 and last_state(run_dir)["position"]["best_step"] == evaluated[1]
+    assert len(refused) == 1 and last_state(run_dir)["position"]["best_step"] == evaluated[1]
     assert pgrl.load(run_dir, "best")
 
 
