@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pgrl.agents import A2CConfig, PPOConfig
+from pgrl.agents import A2CConfig, A3CConfig, PPOConfig
 from pgrl.agents.on_policy import OnPolicyConfig
 from pgrl.networks import NetworkConfig, PolicyConfig
 
@@ -21,6 +21,7 @@ HEADINGS: dict[str, type] = {
     "Policies: `algo.policy.*`": PolicyConfig,
     "PPO": PPOConfig,
     "A2C": A2CConfig,
+    "A3C": A3CConfig,
 }
 
 

@@ -15,6 +15,8 @@ FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = (
     ("pgrl",),
     ("train", "verify"),
+    ("asynchronous",),
+    ("upkeep", "collect"),
     ("evaluate",),
     ("runs",),
     ("record",),

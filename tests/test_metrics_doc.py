@@ -23,6 +23,7 @@ RUNS = {
         "algo.target_kl=0.5",
     ],
     "a2c": ["total_timesteps=640", "num_envs=4"],
+    "a3c": ["total_timesteps=640", "algo.num_workers=2", "algo.num_steps=16"],
 }
 COMMON = ["env=CartPole-v1", "log_every=128", "eval_every=256", "eval_episodes=2", "threads=1", "tensorboard=false"]
 

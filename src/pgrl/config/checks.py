@@ -36,7 +36,9 @@ NEEDS: dict[str, Needs] = {
     "algo.anneal_clip": Needs(lambda c: c.algo.clip_coef is not None, "algo.clip_coef=0.2"),
     "algo.clip_grad_per_network": Needs(lambda c: c.algo.max_grad_norm is not None, "algo.max_grad_norm=0.5"),
     "algo.kl_coef_target": Needs(lambda c: c.algo.kl_coef is not None, "algo.kl_coef=1.0"),
-    "algo.rms_prop_alpha": Needs(lambda c: c.algo.optimizer == "rmsprop", "algo.optimizer=rmsprop"),
+    "algo.rms_prop_alpha": Needs(
+        lambda c: getattr(c.algo, "optimizer", "rmsprop") == "rmsprop", "algo.optimizer=rmsprop"
+    ),
     "algo.network.policy_gain": Needs(lambda c: c.algo.network.init == "orthogonal", "algo.network.init=orthogonal"),
     "algo.network.value_gain": Needs(lambda c: c.algo.network.init == "orthogonal", "algo.network.init=orthogonal"),
     "algo.policy.log_std_init": Needs(
@@ -83,7 +85,7 @@ SHARE = Rule(lambda x: 0 <= x <= 1, "must be in [0, 1]")
 RULES: dict[str, Rule] = {
     **dict.fromkeys(
         "total_timesteps num_envs threads eval_every eval_episodes save_every log_every max_episode_steps num_steps "
-        "n_step update_epochs num_minibatches episodes".split(),
+        "n_step update_epochs num_minibatches num_workers episodes".split(),
         COUNT,
     ),
     **dict.fromkeys(("hidden_sizes", "value_hidden_sizes"), COUNTS),
@@ -174,6 +176,21 @@ def wrong_together(config: RunConfig) -> Iterator[Problem]:
         why = "does nothing where algo.network.shared=true gives both networks one body"
         key = "algo.network.value_hidden_sizes"
         yield Problem(key, network.value_hidden_sizes, why, (f"{key}=null",))
+
+
+def wrong_asynchronous(config: RunConfig) -> Iterator[Problem]:
+    """What worker processes that share their parameters cannot do."""
+    if not hasattr(config.algo, "num_workers"):
+        return
+    if config.device != "cpu":
+        why = "algo=a3c is for the CPU: its workers share parameters in the main memory"
+        yield Problem("device", config.device, why, ("device=cpu",))
+    if config.compile:
+        why = "algo=a3c changes parameters that other processes change, which no compiled step may"
+        yield Problem("compile", True, why, ("compile=false",))
+    if config.algo.norm_value:
+        why = "algo=a3c cannot rescale the value's last layer, which other workers change at the same time"
+        yield Problem("algo.norm_value", True, why, ("algo.norm_value=false",))
 
 
 def divisors(n: int) -> list[int]:
@@ -278,10 +295,11 @@ def check(config: RunConfig, keys: dict[str, schema.Key]) -> list[Problem]:
     problems = list(wrong_values(config, keys))
     if not problems:
         problems += wrong_together(config)
+        problems += wrong_asynchronous(config)
     problems += wrong_env(config.env.id)
     if not any(p.key == "device" for p in problems):
         problems += wrong_device(config.device)
-    if config.compile:
+    if config.compile and not any(p.key == "compile" for p in problems):
         problems += wrong_compile()
     problems += wrong_folder(Path("runs/new" if config.run_dir is None else config.run_dir), config.run_dir is not None)
     return problems
