@@ -72,6 +72,12 @@ def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         config.compose(["compile=true"])
 
 
+def test_stopped_a3c_run_stays_on_the_cpu(tmp_path: Path) -> None:
+    folder = stopped_run(tmp_path / "run", "algo=a3c", "env=Acrobot-v1")
+    with pytest.raises(UserError, match="device=cuda: algo=a3c is for the CPU(.|\n)*Try: .* device=cpu"):
+        config.compose([f"resume={folder}", "device=cuda"])
+
+
 @pytest.fixture
 def configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of configs/ to change."""
@@ -143,7 +149,9 @@ def test_types_resolve_to_those_the_agents_use() -> None:
 
 
 def test_issue_names_these_tuned_envs() -> None:
-    assert {str(path.with_suffix("")) for path in TUNED} == {f"{algo}/{env}" for algo in ("a2c", "ppo") for env in ENVS}
+    named = {f"{algo}/{env}" for algo in ("a2c", "ppo") for env in ENVS}
+    named |= {f"a3c/{env}" for env in ("CartPole-v1", "Acrobot-v1", "Pendulum-v1")}
+    assert {str(path.with_suffix("")) for path in TUNED} == named
 
 
 def tree_of(path: Path) -> dict[str, Any]:
