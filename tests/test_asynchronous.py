@@ -275,7 +275,7 @@ def test_script_without_a_main_guard_is_told(tmp_path: Path) -> None:
     lines = ["import pgrl", f"pgrl.run({words!r})"]
     script.write_text("\n".join(lines) + "\n")
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and 'under if __name__ == "__main__"' in done.stderr
+    assert done.returncode == 1 and 'stand under if __name__ == "__main__"' in done.stderr
     assert "worker 1 of 2 died" in done.stderr or "worker 2 of 2 died" in done.stderr
     script.write_text(f"{lines[0]}\nif __name__ == '__main__':\n    {lines[1].replace('/run', '/run2')}\n")
     subprocess.run([sys.executable, script], check=True, capture_output=True, timeout=120)

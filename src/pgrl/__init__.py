@@ -27,8 +27,10 @@ def run(overrides: list[str]) -> Path:
     Raises UserError for a mistake in the arguments, and `pgrl.signals.Stop` if a signal ends the run.
     """
     from pgrl import config
+    from pgrl.asynchronous import refuse_in_worker
     from pgrl.train import launch
 
+    refuse_in_worker()
     return launch(config.compose(overrides))
 
 

@@ -10,6 +10,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -122,14 +123,14 @@ class Workers:
         self.number = number
         self._context = torch.multiprocessing.get_context("forkserver")
         self._stop = self._context.RawValue("b", 0)
-        self._counter = self._context.Value("q", 0)
+        self._counter: Any = None
         self._processes: list[Any] = []
         self._pipes: dict[Connection, int] = {}  # of the workers that may still report
 
     def start(self, config: RunConfig, shared: Shared, iteration: int, iterations: int, signals: Signals) -> None:
         """Begin with rollout `iteration` of `iterations`."""
         start_server(signals)
-        self._counter.value = iteration
+        self._counter = self._context.Value("q", iteration)  # kept, or it would be gone before workers open it
         for i in range(self.number):
             own = replace(config, seed=worker_seed(config.seed, i, iteration), threads=config.threads or 1)
             with signals.protected():
@@ -193,7 +194,7 @@ def start_server(signals: Signals) -> None:
     with signals.protected():
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
         try:
-            resource_tracker.ensure_running()  # unblocks some
+            resource_tracker.ensure_running()  # before anything that it tracks; it unblocks some
             signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
             forkserver.ensure_running()
         finally:
@@ -209,9 +210,9 @@ def worker_seed(seed: int, worker: int, iteration: int) -> int:
 def refuse_in_worker() -> None:
     """Leave a worker that runs its main program again: it is a script without `if __name__ == "__main__":`."""
     if multiprocessing.current_process().name.startswith(NAME):
-        raise SystemExit(
-            'pgrl: with algo=a3c a script is imported by its workers: put what it runs under if __name__ == "__main__":'
-        )
+        guard = 'what it runs must stand under if __name__ == "__main__":'
+        print(f"With algo=a3c the workers import the script that trains: {guard}", file=sys.stderr, flush=True)
+        raise SystemExit(1)
 
 
 # ------------------------------------------------------------------------------------------------- the worker processes

@@ -63,7 +63,6 @@ def train(config: RunConfig, run: Run, upkeep: Upkeep) -> None:
 
 def launch(config: RunConfig) -> Path:
     """Train as configured, in a new folder or, with `resume`, in that of a stopped run; returns the folder."""
-    asynchronous.refuse_in_worker()
     with ExitStack() as stack:
         signals = stack.enter_context(Signals())
         step = None
