@@ -18,7 +18,8 @@ import torch
 from pgrl import checkpoint, config
 from pgrl.data import Rollout
 from pgrl.runs import build
-from pgrl.train import SNAPSHOT_SECONDS, collect
+from pgrl.train import collect
+from pgrl.upkeep import SNAPSHOT_SECONDS
 
 CASES = (["algo=ppo", "env=HalfCheetah-v4"], ["algo=a2c", "env=CartPole-v1"])
 ITERATIONS = 20

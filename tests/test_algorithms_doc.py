@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pgrl.agents import A2CConfig, NPGConfig, PPOConfig, REINFORCEConfig, TRPOConfig
+from pgrl.agents import A2CConfig, A3CConfig, NPGConfig, PPOConfig, REINFORCEConfig, TRPOConfig
 from pgrl.agents.critic import CriticConfig
 from pgrl.agents.on_policy import AdvantageConfig, OnPolicyConfig
 from pgrl.networks import NetworkConfig, PolicyConfig
@@ -27,6 +27,7 @@ HEADINGS: dict[str, type] = {
     "REINFORCE": REINFORCEConfig,
     "NPG": NPGConfig,
     "TRPO": TRPOConfig,
+    "A3C": A3CConfig,
 }
 
 

@@ -14,7 +14,10 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # From the top; a module, or a folder as a whole, imports from lower rows only.
 LAYERS = (
     ("pgrl",),
-    ("train", "verify"),
+    ("launch", "verify"),
+    ("asynchronous",),
+    ("train",),
+    ("upkeep",),
     ("evaluate",),
     ("runs",),
     ("record",),

@@ -13,7 +13,7 @@ import pytest
 
 from pgrl import checkpoint, config
 from pgrl.config import checks
-from pgrl.train import launch
+from pgrl.launch import launch
 
 # The command, what the answer must name, and why. In the folder lie the runs `stopped` and `done`, the folder `other`
 # that is no run, one with a config.yaml of something else, `foreign`, and the file `file`.
@@ -60,6 +60,13 @@ WRONG = [
     ("algo=npg algo.max_kl=-1", "algo.max_kl=-1.0", "above 0"),
     ("algo=trpo algo.damping=-0.1", "algo.damping=-0.1", "not be negative"),
     ("algo=trpo algo.backtrack_factor=1", "algo.backtrack_factor=1.0", "below 1"),
+    # asynchronous workers
+    ("algo=a3c device=cuda", "device=cuda", "for the CPU"),
+    ("algo=a3c compile=true", "compile=True", "which no compiled step may"),
+    ("algo=a3c algo.norm_value=true", "algo.norm_value=True", "cannot rescale"),
+    ("algo=a3c algo.num_workers=0", "algo.num_workers=0", "at least 1"),
+    ("algo=a3c total_timesteps=4", "total_timesteps=4", "less than one rollout"),
+    ("algo=a3c algo.optimizer=adam", "algo.optimizer=adam", "but for algo=a2c"),
     # folders and devices
     ("device=cuda:99", "device=cuda:99", "not available"),
     ("run_dir=file/run", "run_dir=file/run", "not a folder"),

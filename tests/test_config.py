@@ -80,6 +80,12 @@ def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         config.compose(["compile=true"])
 
 
+def test_stopped_a3c_run_stays_on_the_cpu(tmp_path: Path) -> None:
+    folder = stopped_run(tmp_path / "run", "algo=a3c", "env=Acrobot-v1")
+    with pytest.raises(UserError, match="device=cuda: algo=a3c is for the CPU(.|\n)*Try: .* device=cpu"):
+        config.compose([f"resume={folder}", "device=cuda"])
+
+
 @pytest.fixture
 def configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of configs/ to change."""
@@ -155,6 +161,7 @@ def test_tuned_envs_of_the_algorithms_for_all_of_them() -> None:
     assert {f"{algo}/{env}" for algo in ("a2c", "ppo") for env in ENVS} <= tuned
     mujoco = {name.partition("/")[2] for name in tuned if name.startswith("a2c/") and "-v4" in name}
     assert len(mujoco) > 8 and {f"{algo}/{env}" for algo in ("npg", "trpo") for env in mujoco} <= tuned
+    assert {f"a3c/{env}" for env in ("CartPole-v1", "Acrobot-v1", "Pendulum-v1")} <= tuned
 
 
 def tree_of(path: Path) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from pgrl.evaluate import main as evaluate_main
 from pgrl.logger import read_rows
 from pgrl.runs import build
 from pgrl.signals import Signals, Stop
-from pgrl.train import collect, due
+from pgrl.train import NonFiniteError, collect
+from pgrl.upkeep import due
 
 PPO = ["algo=ppo", "env=CartPole-v1", "num_envs=4", "algo.num_steps=32", "algo.num_minibatches=4", "seed=3"]
 PPO += ["algo.update_epochs=4"]
@@ -219,7 +220,7 @@ def test_full_disk_does_not_stop_training(tmp_path: Path, monkeypatch: pytest.Mo
 def test_best_is_what_could_be_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A best evaluation whose checkpoint the disk refused is not one that others must beat, nor one to load."""
     refused = full_disk(monkeypatch, times=1)
-    monkeypatch.setattr("pgrl.train.evaluate", lambda *_: Evaluation([100.0 - next(falling)], [1]))
+    monkeypatch.setattr("pgrl.upkeep.evaluate", lambda *_: Evaluation([100.0 - next(falling)], [1]))
     falling = iter(range(100))
     run_dir = run(tmp_path, "run", *PPO, "total_timesteps=2000", "eval_every=500", "save_every=null")
     evaluated = [row["step"] for row in read_rows(run_dir) if "eval/return_mean" in row]
@@ -228,8 +229,6 @@ def test_best_is_what_could_be_saved(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_nan_reward_stops_the_run_and_names_it(tmp_path: Path) -> None:
-    from pgrl.train import NonFiniteError
-
     with pytest.raises(NonFiniteError, match="reward"):
         run(tmp_path, "run", "algo=a2c", "env=tests.envs_for_tests:NaNReward-v0", "total_timesteps=1000")
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"

@@ -18,7 +18,7 @@ def main() -> None:
 
     from pgrl import config
 
-    config.main(None, lambda run_config: import_module("pgrl.train").launch(run_config))
+    config.main(None, lambda run_config: import_module("pgrl.launch").launch(run_config))
 
 
 def run(overrides: list[str]) -> Path:
@@ -27,8 +27,10 @@ def run(overrides: list[str]) -> Path:
     Raises UserError for a mistake in the arguments, and `pgrl.signals.Stop` if a signal ends the run.
     """
     from pgrl import config
-    from pgrl.train import launch
+    from pgrl.asynchronous import refuse_in_worker
+    from pgrl.launch import launch
 
+    refuse_in_worker()
     return launch(config.compose(overrides))
 
 

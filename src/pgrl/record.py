@@ -26,7 +26,7 @@ class Record:
         self._sum_return, self._sum_length, self._ended = 0.0, 0, 0
         self.recent: deque[float] = deque(maxlen=WINDOW)
 
-    def add(self, metrics: Mapping[str, Tensor], episodes: Sequence[Episode]) -> None:
+    def add(self, metrics: Mapping[str, Tensor | float], episodes: Sequence[Episode]) -> None:
         """One update's metrics, and the episodes that ended before it."""
         self._pending.append(metrics)
         if len(self._pending) == FOLD:

@@ -205,10 +205,12 @@ def write_status(run_dir: Path, state: str, config: RunConfig, run: Run) -> None
 def headline(config: RunConfig, run: Run, run_dir: Path) -> str:
     """One line that says what runs."""
     threads = torch.get_num_threads()
+    workers = getattr(config.algo, "num_workers", 0)
+    of = f"{workers} worker{'s' * (workers > 1)} of " if workers else ""
     return (
         f"{run.agent.name} on {config.env.id} | {config.device}, {threads} thread{'s' * (threads > 1)}"
         f"{', compiled' * config.compile} | seed {config.seed} | {config.total_timesteps:,} steps, "
-        f"{config.num_envs} env{'s' * (config.num_envs > 1)} | {run_dir}"
+        f"{of}{config.num_envs} env{'s' * (config.num_envs > 1)} | {run_dir}"
     )
 
 

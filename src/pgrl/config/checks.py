@@ -48,7 +48,9 @@ NEEDS: dict[str, Needs] = {
     "algo.anneal_clip": Needs(lambda c: c.algo.clip_coef is not None, "algo.clip_coef=0.2"),
     "algo.clip_grad_per_network": Needs(lambda c: c.algo.max_grad_norm is not None, "algo.max_grad_norm=0.5"),
     "algo.kl_coef_target": Needs(lambda c: c.algo.kl_coef is not None, "algo.kl_coef=1.0"),
-    "algo.rms_prop_alpha": Needs(lambda c: c.algo.optimizer == "rmsprop", "algo.optimizer=rmsprop"),
+    "algo.rms_prop_alpha": Needs(
+        lambda c: getattr(c.algo, "optimizer", "rmsprop") == "rmsprop", "algo.optimizer=rmsprop"
+    ),
     "algo.network.policy_gain": Needs(lambda c: c.algo.network.init == "orthogonal", "algo.network.init=orthogonal"),
     "algo.network.value_gain": Needs(lambda c: c.algo.network.init == "orthogonal", "algo.network.init=orthogonal"),
     "algo.policy.log_std_init": Needs(
@@ -95,7 +97,7 @@ SHARE = Rule(lambda x: 0 <= x <= 1, "must be in [0, 1]")
 RULES: dict[str, Rule] = {
     **dict.fromkeys(
         "total_timesteps num_envs threads eval_every eval_episodes save_every log_every max_episode_steps num_steps "
-        "n_step update_epochs num_minibatches episodes cg_steps backtrack_steps".split(),
+        "n_step update_epochs num_minibatches num_workers episodes cg_steps backtrack_steps".split(),
         COUNT,
     ),
     **dict.fromkeys(("hidden_sizes", "value_hidden_sizes"), COUNTS),
@@ -210,6 +212,21 @@ def wrong_episodes(config: RunConfig) -> Iterator[Problem]:
         yield Problem("algo.num_steps", num_steps, why, (f"algo.num_steps={fitting}",))
 
 
+def wrong_asynchronous(config: RunConfig) -> Iterator[Problem]:
+    """What worker processes that share their parameters cannot do."""
+    if not hasattr(config.algo, "num_workers"):
+        return
+    if config.device != "cpu":
+        why = "algo=a3c is for the CPU: its workers share parameters in the main memory"
+        yield Problem("device", config.device, why, ("device=cpu",))
+    if config.compile:
+        why = "algo=a3c changes parameters that other processes change, which no compiled step may"
+        yield Problem("compile", True, why, ("compile=false",))
+    if config.algo.norm_value:
+        why = "algo=a3c cannot rescale the value's last layer, which other workers change at the same time"
+        yield Problem("algo.norm_value", True, why, ("algo.norm_value=false",))
+
+
 def divisors(n: int) -> list[int]:
     """All divisors of a whole number above 0."""
     small = [k for k in range(1, math.isqrt(n) + 1) if n % k == 0]
@@ -312,13 +329,14 @@ def check(config: RunConfig, keys: dict[str, schema.Key]) -> list[Problem]:
     problems = list(wrong_values(config, keys))
     if not problems:
         problems += wrong_together(config)
+        problems += wrong_asynchronous(config)
     no_env = list(wrong_env(config.env.id))
     problems += no_env
     if not (problems or no_env):
         problems += wrong_episodes(config)
     if not any(p.key == "device" for p in problems):
         problems += wrong_device(config.device)
-    if config.compile:
+    if config.compile and not any(p.key == "compile" for p in problems):
         problems += wrong_compile()
     problems += wrong_folder(Path("runs/new" if config.run_dir is None else config.run_dir), config.run_dir is not None)
     return problems

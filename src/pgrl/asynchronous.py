@@ -1,0 +1,276 @@
+"""The loop of A3C: worker processes act and learn, the main process counts, evaluates, logs and saves.
+
+A worker takes the numbers of its rollouts from a counter until there are none left, and reports through a pipe of its
+own. The main process takes no lock that a worker takes, for one that is killed may hold it.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from contextlib import closing, suppress
+from dataclasses import replace
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.connection import Connection, wait
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.multiprocessing
+
+from pgrl.agents import A3C
+from pgrl.agents.a3c import Shared
+from pgrl.config import RunConfig
+from pgrl.data import Rollout
+from pgrl.envs import Episode
+from pgrl.runs import Run, build
+from pgrl.signals import STOPPING, Signals, Stop
+from pgrl.train import NonFiniteError, check_finite, collect
+from pgrl.upkeep import Upkeep
+
+log = logging.getLogger("pgrl")
+
+REPORT_SECONDS = 0.15  # between two reports of a worker
+GRACE_SECONDS = 1.5  # for workers to end by themselves
+WORKER_STREAM = 2_000_003  # in the seeds of workers, which share no stream with anything else
+NAME = "pgrl worker"  # of their processes
+
+
+class WorkerError(RuntimeError):
+    """A worker failed or died, which ends the run."""
+
+
+class Report(NamedTuple):
+    """What a worker has done since its last report."""
+
+    updates: list[tuple[dict[str, float], list[Episode]]]  # the metrics of each, and the episodes that ended before it
+    collecting: float  # seconds
+    updating: float  # seconds
+
+
+class Failure(NamedTuple):
+    """What a worker raised, as text."""
+
+    message: str
+    trace: str
+
+
+class Task(NamedTuple):
+    """What a worker is given."""
+
+    config: RunConfig  # the run's, with the worker's own seed
+    shared: Shared
+    counter: Any  # rollouts begun so far by all workers; an int with a lock
+    stop: Any  # an int: no more rollouts once it is not 0
+    iterations: int  # rollouts of the whole run
+    reports: Connection
+
+
+def train(config: RunConfig, run: Run, upkeep: Upkeep) -> None:
+    """Let workers alternate rollouts and updates until `total_timesteps`.
+
+    A signal leaves a checkpoint and raises `Stop`, a worker that fails or dies leaves one and raises WorkerError. The
+    run's own agent is a copy of what the workers share, made when one reports, so that nothing changes while it is
+    evaluated or saved.
+    """
+    agent, position = run.agent, run.position
+    assert isinstance(agent, A3C)
+    steps = agent.num_steps * config.num_envs
+    iterations = config.total_timesteps // steps
+    shared = agent.share()
+    with closing(Workers(config.algo.num_workers)) as workers:
+        try:
+            workers.start(config, shared, position.iteration, iterations, upkeep.signals)
+            while position.iteration < iterations:
+                upkeep.signals.check()
+                report = workers.next_report()
+                for metrics, episodes in report.updates:
+                    agent.updates += 1
+                    run.record.add({**metrics, "charts/updates": float(agent.updates)}, episodes)
+                done = len(report.updates)
+                position.iteration += done
+                position.step += done * steps
+                agent.read(shared)
+                check_finite({name: p.detach() for name, p in agent.net.named_parameters()}, "the updates gave")
+                # when due: evaluate, log, save
+                finished = position.iteration == iterations
+                times = report.collecting / workers.number, report.updating / workers.number
+                upkeep.tend(done * steps, *times, finished=finished)
+        except Stop:
+            workers.close()
+            upkeep.save_last()
+            raise
+        except (WorkerError, NonFiniteError) as error:
+            with upkeep.signals.protected():
+                workers.close()
+                saved = upkeep.save_last()
+            at = f"saved at step {position.step:,}" if saved else "not saved"
+            raise type(error)(
+                f"{error}\nThe run is stopped and {at}; to go on: python -m pgrl.train resume={upkeep.run_dir}"
+            ) from None
+
+
+class Workers:
+    """The worker processes of a run, from their start to their end."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self._context = torch.multiprocessing.get_context("forkserver")
+        self._stop = self._context.RawValue("b", 0)
+        self._counter: Any = None
+        self._processes: list[Any] = []
+        self._pipes: dict[Connection, int] = {}  # of the workers that may still report
+
+    def start(self, config: RunConfig, shared: Shared, iteration: int, iterations: int, signals: Signals) -> None:
+        """Begin with rollout `iteration` of `iterations`."""
+        start_server(signals)
+        self._counter = self._context.Value("q", iteration)  # kept, or it would be gone before workers open it
+        for i in range(self.number):
+            own = replace(config, seed=worker_seed(config.seed, i, iteration), threads=config.threads or 1)
+            with signals.protected():
+                here, there = self._context.Pipe(duplex=False)
+                task = Task(own, shared, self._counter, self._stop, iterations, there)
+                self._processes.append(self._context.Process(target=work, args=(task,), name=f"{NAME} {i + 1}"))
+                self._processes[i].start()
+                there.close()
+                self._pipes[here] = i
+
+    def next_report(self) -> Report:
+        """The next report of any worker; WorkerError if one has failed or died."""
+        while self._pipes:
+            sentinels = {self._processes[i].sentinel: pipe for pipe, i in self._pipes.items()}
+            for ready in wait([*self._pipes, *sentinels]):
+                pipe = ready if isinstance(ready, Connection) else sentinels[ready]
+                name = f"worker {self._pipes[pipe] + 1} of {self.number}"
+                try:
+                    message = pipe.recv() if pipe.poll() else None
+                except (EOFError, OSError):
+                    message = None
+                if isinstance(message, Report):
+                    return message
+                if isinstance(message, Failure):
+                    log.info("%s raised:\n%s", name, message.trace)
+                    raise WorkerError(f"{name} failed: {message.message}")
+                process = self._processes[self._pipes.pop(pipe)]
+                process.join()
+                if process.exitcode != 0:
+                    code = process.exitcode
+                    how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+                    raise WorkerError(f"{name} died ({how})")
+                break  # it is done
+        raise WorkerError(f"all {self.number} workers ended before their work was done")
+
+    def close(self) -> None:
+        """End the workers after the rollouts they are in; those that take longer are killed."""
+        self._stop.value = 1
+        deadline = time.monotonic() + GRACE_SECONDS
+        while self._pipes and time.monotonic() < deadline:
+            ready = wait(list(self._pipes), 0.1)
+            for pipe in [pipe for pipe in self._pipes if pipe in ready]:
+                try:
+                    pipe.recv()  # a worker may wait for room in its pipe
+                except (EOFError, OSError):
+                    del self._pipes[pipe]
+        for process in self._processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self._processes, self._pipes = [], {}
+
+
+def start_server(signals: Signals) -> None:
+    """Start the process that workers are forked from, with pgrl imported; no signal that stops a run reaches it.
+
+    Terminals and batch systems send these signals to all processes of a run: the main one tells the others.
+    """
+    forkserver.set_forkserver_preload(["pgrl.asynchronous"])
+    with signals.protected():
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+        try:
+            resource_tracker.ensure_running()  # before anything that it tracks; it unblocks some
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+            forkserver.ensure_running()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def worker_seed(seed: int, worker: int, iteration: int) -> int:
+    """The seed of a worker that begins at an iteration of the run: after a resume it plays other episodes."""
+    sequence = np.random.SeedSequence([seed, WORKER_STREAM, worker, iteration])
+    return int(sequence.generate_state(1, np.uint64)[0]) >> 1
+
+
+def refuse_in_worker() -> None:
+    """Leave a worker that runs its main program again: it is a script without `if __name__ == "__main__":`."""
+    if multiprocessing.current_process().name.startswith(NAME):
+        guard = 'what it runs must stand under if __name__ == "__main__":'
+        print(f"With algo=a3c the workers import the script that trains: {guard}", file=sys.stderr, flush=True)
+        raise SystemExit(1)
+
+
+# ------------------------------------------------------------------------------------------------- the worker processes
+
+
+def work(task: Task) -> None:
+    """The life of a worker process."""
+    for signum in STOPPING:
+        signal.signal(signum, signal.SIG_IGN)
+    threading.Thread(target=leave_with_main, daemon=True).start()
+    with suppress(ConnectionError):  # nobody listens any more
+        try:
+            learn(task)
+        except Exception as error:
+            trace = "".join(traceback.format_exception(error))
+            task.reports.send(Failure(f"{type(error).__name__}: {error}", trace))
+            raise SystemExit(1) from None
+
+
+def leave_with_main() -> None:
+    """Wait for the end of the main process, however it ends, and follow it."""
+    main = multiprocessing.parent_process()
+    assert main is not None
+    main.join()
+    os._exit(1)
+
+
+def learn(task: Task) -> None:
+    """Alternate rollouts and updates as long as the counter has numbers, and report: algorithm S3, repeated."""
+    config = task.config
+    run = build(config)
+    agent, env, device = run.agent, run.env, torch.device("cpu")
+    assert isinstance(agent, A3C)
+    agent.join(task.shared)
+    rollout = Rollout(agent.num_steps, env.num_envs, env.obs_space, env.action_space, env.device)
+    obs = env.reset()
+    report, sent = Report([], 0.0, 0.0), time.perf_counter()
+    while not task.stop.value:
+        with task.counter.get_lock():
+            number = task.counter.value
+            task.counter.value += 1
+        if number >= task.iterations:
+            break
+        start = time.perf_counter()
+        transition = collect(env, agent, rollout, obs, device)
+        check_finite(transition._asdict(), f"{config.env.id} met or gave")
+        obs = rollout.obs[-1]
+        collected = time.perf_counter()
+        metrics = agent.update(transition, number / task.iterations)
+        check_finite(metrics, "the update gave")
+        updated = time.perf_counter()
+
+        report.updates.append(({name: float(value) for name, value in metrics.items()}, env.episodes()))
+        collecting, updating = report.collecting + collected - start, report.updating + updated - collected
+        report = Report(report.updates, collecting, updating)
+        if updated - sent > REPORT_SECONDS:
+            task.reports.send(report)
+            report, sent = Report([], 0.0, 0.0), updated
+    if report.updates:
+        task.reports.send(report)
+    env.close()

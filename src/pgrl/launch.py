@@ -1,0 +1,71 @@
+"""A run from its configuration to its end: its folder, its parts, its loop, and its last words."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+from pgrl import asynchronous, checkpoint, train
+from pgrl import config as configuration
+from pgrl.agents import A3C
+from pgrl.config import RunConfig
+from pgrl.logger import Logger, Progress
+from pgrl.runs import build, gathered_warnings, headline, last_words, say, write_status
+from pgrl.signals import Signals, Stop
+from pgrl.upkeep import Upkeep
+
+log = logging.getLogger("pgrl")
+
+
+def launch(config: RunConfig) -> Path:
+    """Train as configured, in a new folder or, with `resume`, in that of a stopped run; returns the folder."""
+    with ExitStack() as stack:
+        signals = stack.enter_context(Signals())
+        step = None
+        if config.resume is None:
+            run = build(config)
+            run_dir = configuration.new_run_dir(config)
+            stack.enter_context(checkpoint.claim(run_dir))
+        else:
+            run_dir, step = Path(config.resume), 0
+            stack.enter_context(checkpoint.lock(run_dir))
+            checkpoint.clean(run_dir)
+            run = build(config)
+        stack.callback(run.env.close)
+        warnings = stack.enter_context(gathered_warnings(run_dir))
+        if config.resume is not None and any((run_dir / "checkpoints").glob("step_*")):
+            step, state = checkpoint.load_newest(run_dir, log.warning)
+            run.restore(state)
+        else:  # a new run, or one that was killed before its first checkpoint
+            run.env.reset()
+        checkpoint.write_text(run_dir / "config.yaml", configuration.save_config(replace(config, resume=None)))
+        logger = Logger(run_dir, tensorboard=config.tensorboard, resume_step=step)
+        stack.callback(logger.close)
+        progress = Progress()
+        stack.callback(progress.close)
+
+        message = headline(config, run, run_dir) + ("" if step is None else f" | resumed at step {step:,}")
+        log.info(message)
+        say(message)
+        outcome = "failed"
+        try:
+            write_status(run_dir, "running", config, run)
+            upkeep = Upkeep(config, run, logger, progress, run_dir, signals)
+            loop = asynchronous if isinstance(run.agent, A3C) else train
+            loop.train(config, run, upkeep)
+            outcome = "done"
+        except Stop as stop:
+            outcome = "stopped"
+            say(f"\nstopped by {stop} at step {run.position.step:,}; to go on: python -m pgrl.train resume={run_dir}")
+            raise
+        except Exception:
+            log.exception("the run failed")
+            raise
+        finally:
+            signals.end()
+            progress.close()
+            write_status(run_dir, outcome, config, run)
+        say(last_words(run_dir, run, warnings))
+    return run_dir
