@@ -1,0 +1,176 @@
+"""Statements on the gradients that train: what an update does in expectation, over every episode there is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+from torch.autograd import grad
+
+from pgrl import functional
+from pgrl.agents import A2CConfig, PPOConfig
+from pgrl.theory.check import Check, Statement, differs, equal
+from pgrl.theory.learners import Learner, expected_ascent, make
+from pgrl.theory.mdp import discounts, episodes, lambda_values, objective, random_mdp, score_weighted, values
+
+CLIPS: tuple[dict[str, Any], ...] = (
+    {"clip_coef": None},
+    {"clip_coef": 0.2},
+    {"clip_coef": 0.2, "clip_coef_high": 0.3},
+    {"clip_coef": 0.2, "dual_clip": 3.0},
+    {"clip_coef": 0.2, "kl_coef": 1.0, "num_minibatches": 3},
+)
+
+
+def actor_critic(gamma: float, *, first: int | None = None, **keys: Any) -> Learner:
+    """A2C without an entropy bonus in an MDP of 2 states, 2 actions and 3 steps."""
+    return make(A2CConfig(ent_coef=0.0, **keys), random_mdp(2, 2, 3, gamma, seed=40, first=first), seed=41)
+
+
+def any_critic(learner: Learner) -> Tensor:
+    """A random V [H + 1, S]."""
+    shape = (learner.mdp.horizon + 1, len(learner.mdp.start))
+    return torch.randn(shape, generator=Generator().manual_seed(42), dtype=torch.float64)
+
+
+def exact_step(learner: Learner, q: Tensor | None = None, *, discounted: bool = False) -> Tensor:
+    """(1/H) sum_t w_t E[grad log pi(a_t | s_t) q_t] [P], w_t = gamma^t if discounted, else 1; q is Q if not given."""
+    policy = learner.policy()
+    weight = discounts(learner.mdp) if discounted else torch.ones_like(discounts(learner.mdp))
+    q = values(learner.mdp, policy.detach()).q if q is None else q
+    return learner.gradient(score_weighted(learner.mdp, policy, q, weight)) / learner.mdp.horizon
+
+
+def expected(learner: Learner) -> Tensor:
+    """The expected step [P] of the learner's update over all episodes."""
+    return expected_ascent(learner, episodes(learner.mdp, learner.policy().detach()))
+
+
+def policy_gradient_theorem() -> Check:
+    """grad J = sum_t gamma^t E[grad log pi Q]: of the exact J, by automatic differentiation through its recursion."""
+    learner = actor_critic(0.9)
+    slope = learner.gradient(objective(learner.mdp, learner.policy()))
+    return equal((exact_step(learner, discounted=True) * learner.mdp.horizon, slope))
+
+
+def a2c_is_the_policy_gradient() -> Check:
+    """gamma = 1: A2C's expected step with any critic is grad J / H, for its loss is a mean over the H steps."""
+    learner = actor_critic(1.0, advantage="monte_carlo")
+    learner.set_critic(any_critic(learner))
+    return equal((expected(learner), learner.gradient(objective(learner.mdp, learner.policy())) / 3.0))
+
+
+def a2c_leaves_out_the_discount() -> Check:
+    """gamma < 1: without gamma^t on the states, so A2C's expected step is not grad J / H; the gap is as predicted."""
+    learner = actor_critic(0.6, advantage="monte_carlo")
+    learner.set_critic(any_critic(learner))
+    slope = learner.gradient(objective(learner.mdp, learner.policy())) / 3.0
+    return differs(expected(learner), exact_step(learner), slope)
+
+
+def every_lambda_is_exact() -> Check:
+    """With the true V: gae and td_lambda with any lambda, td0 and n_step have one and the same expected step."""
+    pairs = []
+    for keys in [
+        *({"advantage": "gae", "gae_lambda": lam} for lam in (0.0, 0.5, 0.95, 1.0)),
+        *({"advantage": "td_lambda", "gae_lambda": lam} for lam in (0.5,)),
+        {"advantage": "td0"},
+        {"advantage": "n_step", "n_step": 2},
+    ]:
+        learner = actor_critic(0.9, first=0, **keys)
+        learner.set_critic(values(learner.mdp, learner.policy().detach()).v)
+        pairs.append((expected(learner), exact_step(learner)))
+    return equal(*pairs)
+
+
+def a_wrong_critic_biases() -> Check:
+    """With another V and lambda < 1 the expected step is off, by what the expected lambda-returns say."""
+    learner = actor_critic(0.9, advantage="gae", gae_lambda=0.5)
+    critic = 10.0 * any_critic(learner)
+    learner.set_critic(critic)
+    q = lambda_values(learner.mdp, learner.policy().detach(), critic, 0.5).q
+    return differs(expected(learner), exact_step(learner, q), exact_step(learner))
+
+
+def ppo_begins_with_the_policy_gradient() -> Check:
+    """At ratio 1 the clipped surrogate of every form has the gradient of the policy: PPO's and A2C's steps agree."""
+    mdp = random_mdp(2, 2, 3, 0.9, seed=40, first=0)
+    pairs = []
+    for keys in CLIPS:
+        config = PPOConfig(update_epochs=1, norm_adv=None, vf_clip_coef=None, gae_lambda=1.0)
+        config.num_minibatches = 1
+        for key, value in keys.items():
+            setattr(config, key, value)
+        learner = make(config, mdp, seed=41)
+        learner.set_critic(any_critic(learner))
+        pairs.append((expected(learner) / config.num_minibatches, exact_step(learner)))
+    return equal(*pairs)
+
+
+def clip_stops_the_gradient() -> Check:
+    """The gradient of a sample is -A ratio, and 0 exactly where A > 0, ratio > 1 + high or A < 0, ratio < 1 - low.
+
+    With the dual clip also where A < 0 and ratio > c. A grid of ratios on both sides of every bound, and three A.
+    """
+    low, high, dual = 0.2, 0.3, 3.0
+    ratios = torch.tensor([0.05, 0.5, 0.79, 0.81, 1.0, 1.19, 1.21, 1.29, 1.31, 2.9, 3.1, 20.0], dtype=torch.float64)
+    ratio, advantage = torch.cartesian_prod(ratios, torch.tensor([-1.5, 0.0, 0.7], dtype=torch.float64)).unbind(-1)
+    log_ratio = ratio.log().requires_grad_()
+    clips = torch.tensor([low, high], dtype=torch.float64)
+    pairs = []
+    for up, args in ((low, (clips[0],)), (high, (clips[0], clips[1])), (high, (clips[0], clips[1], dual))):
+        loss = functional.ppo_clip_loss(log_ratio, advantage, *args) * len(ratio)  # type: ignore[arg-type]
+        stopped = (advantage > 0) & (ratio > 1.0 + up) | (advantage < 0) & (ratio < 1.0 - low)
+        if len(args) == 3:
+            stopped |= (advantage < 0) & (ratio > dual)
+        slope = grad(loss, log_ratio)[0]
+        pairs.append((slope, torch.where(stopped, 0.0, -advantage * ratio)))
+        pairs.append((slope[stopped] * 1e300, torch.zeros_like(slope[stopped])))  # not merely small
+    return equal(*pairs)
+
+
+STATEMENTS = (
+    Statement(
+        "policy-gradient theorem",
+        "Sutton et al. 2000, theorem 1",
+        "sum_t gamma^t E[grad log pi Q] and autograd of the exact J",
+        policy_gradient_theorem,
+    ),
+    Statement(
+        "A2C's expected step is grad J / H",
+        "Mnih et al. 2016, algorithm S3",
+        "A2C's update over all 64 episodes, any V, gamma = 1",
+        a2c_is_the_policy_gradient,
+    ),
+    Statement(
+        "A2C with gamma < 1 is not grad J",
+        "Nota & Thomas 2020, section 4",
+        "A2C's update, the undiscounted vector; differs from grad J / H",
+        a2c_leaves_out_the_discount,
+    ),
+    Statement(
+        "true V: every lambda is exact",
+        "Schulman et al. 2016, prop. 1",
+        "A2C's update for 7 advantage estimators and the exact vector",
+        every_lambda_is_exact,
+    ),
+    Statement(
+        "wrong V: lambda < 1 is biased",
+        "Schulman et al. 2016, section 3",
+        "A2C's update, exact lambda-returns; differs from the exact vector",
+        a_wrong_critic_biases,
+    ),
+    Statement(
+        "PPO at ratio 1: the policy gradient",
+        "Schulman et al. 2017, eq. 7",
+        "PPO's update with 5 settings of the clip and the exact vector",
+        ppo_begins_with_the_policy_gradient,
+    ),
+    Statement(
+        "PPO's clip stops the gradient",
+        "Schulman et al. 2017, fig. 1",
+        "gradient of ppo_clip_loss on 36 points and 0 where it must be",
+        clip_stops_the_gradient,
+    ),
+)
