@@ -21,15 +21,16 @@ LAYERS = (
     ("config", "logger"),
     ("checkpoint",),
     ("agents", "envs"),
-    ("networks", "data", "optim", "flat"),
-    ("functional", "trust_region", "distributions", "signals", "env_ids", "errors"),
+    ("networks", "data", "optim"),
+    ("flat", "functional", "trust_region", "distributions", "signals", "env_ids", "errors"),
 )
 ENTRY = {"train": {"pgrl"}}  # `python -m pgrl.train` runs the package's command line
 RANK = {module: i for i, layer in enumerate(LAYERS) for module in layer}
 
 PURE = ("functional", "trust_region", "distributions")  # torch and the standard library alone
 ALL_OF_PGRL = {  # for those that import still less of pgrl than their row allows
-    **dict.fromkeys((*PURE, "data", "optim", "flat", "signals", "env_ids", "errors"), set[str]()),
+    **dict.fromkeys((*PURE, "data", "flat", "signals", "env_ids", "errors"), set[str]()),
+    "optim": {"flat"},
     "checkpoint": {"errors"},
     "logger": {"checkpoint", "errors"},
 }

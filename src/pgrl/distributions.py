@@ -8,7 +8,7 @@ compiled and vectorised code consume one and the same random stream. Actions of 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +23,18 @@ class Distribution(Protocol):
 
     def log_prob(self, action: Tensor) -> Tensor: ...
     def entropy(self) -> Tensor: ...
+    def kl(self, other: Any) -> Tensor: ...
     def sample(self, noise: Tensor) -> Tensor: ...
     def mode(self) -> Tensor: ...
     @staticmethod
     def noise(shape: tuple[int, ...], generator: Generator) -> Tensor: ...
+
+
+def detached(distribution: Distribution) -> Distribution:
+    """The same distribution, as constants."""
+    fields: Any = distribution
+    parts = (x.detach() if isinstance(x, Tensor) else x for x in fields)
+    return fields._make(parts)  # type: ignore[no-any-return]
 
 
 def gumbel(shape: tuple[int, ...], generator: Generator) -> Tensor:

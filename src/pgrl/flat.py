@@ -13,6 +13,13 @@ def flatten(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([x.reshape(-1) for x in tensors])
 
 
+def gradients_of_rows(x: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """The gradient of each entry of x [n], as rows [n, P]; it costs n backward passes over the n rows."""
+    each = torch.eye(len(x), dtype=x.dtype, device=x.device)
+    gradients = torch.autograd.grad(x, list(parameters), each, is_grads_batched=True)
+    return torch.cat([g.reshape(len(x), -1) for g in gradients], 1)
+
+
 class FlatParameters:
     """Parameters that are views of one vector [P]: what changes the vector changes them.
 

@@ -109,6 +109,53 @@ def td0(reward: Tensor, next_value: Tensor, terminated: Tensor, gamma: float) ->
     return reward + gamma * next_value.masked_fill(terminated, 0.0)
 
 
+def complete_episodes(terminated: Tensor, truncated: Tensor) -> tuple[Tensor, int]:
+    """Which steps belong to episodes that end within the rollout, bool [T, B], and how many such episodes there are."""
+    done = terminated | truncated
+    ends_left = done.flip(0).cumsum(0).flip(0)
+    return ends_left > 0, int(ends_left[0].sum())
+
+
+def episode_age(terminated: Tensor, truncated: Tensor, first: Tensor) -> Tensor:
+    """Steps since the beginning of the episode, [T + 1, B] int64: of each step, and of that after the last.
+
+    `first` [B] is the age of the first step; the flags are [T, B].
+    """
+    t = torch.arange(len(terminated) + 1, device=terminated.device).unsqueeze(1)
+    begins = torch.where(terminated | truncated, t[1:], -(2**62))  # the step after an end begins an episode
+    return t - torch.cat([-first.unsqueeze(0), begins]).cummax(0).values
+
+
+def weighted_mean(x: Tensor, weight: Tensor) -> Tensor:
+    """sum(weight * x) / sum(weight), as a tensor of x's shape."""
+    return ((weight * x).sum() / weight.sum()).expand_as(x)
+
+
+def others_ratio(x: Tensor, y: Tensor) -> Tensor:
+    """The sum of x over the other rows by that of y, for each row; x, y >= 0 are [B, ...], 0 where y's is."""
+    x, y = x.sum(0) - x, y.sum(0) - y
+    return (x / y).where(y > 0, 0.0)
+
+
+def leave_one_out_mean(x: Tensor, weight: Tensor) -> Tensor:
+    """The weighted mean of x over the other envs, for each env; all [T, B].
+
+    As a baseline it leaves the expected gradient as it is, for it does not depend on an env's own actions. With weights
+    |grad log pi|^2 it estimates the constant baseline of least variance, E[|grad log pi|^2 G] / E[|grad log pi|^2]:
+    Weaver & Tao 2001, theorem 1; Greensmith et al. 2004, theorem 8.
+    """
+    return others_ratio((weight * x).sum(0), weight.sum(0)).expand_as(x)
+
+
+def mean_by_age(x: Tensor, weight: Tensor, age: Tensor) -> Tensor:
+    """The weighted mean of x over the entries of the same age; all [T, B], age int64."""
+    flat = age.flatten()
+    sums = x.new_zeros(2, int(flat.max()) + 1)
+    sums.index_add_(1, flat, torch.stack([(weight * x).flatten(), weight.flatten()]))
+    mean = (sums[0] / sums[1]).where(sums[1] > 0, 0.0)
+    return mean[flat].view_as(x)
+
+
 ADVANTAGES = ("gae", "td_lambda", "n_step", "td0", "monte_carlo")
 
 

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from pgrl.flat import FlatParameters, flatten
+
 
 class Optimiser(Protocol):
     """What a gradient [P], divided by `divisor` [], does to a vector [P] of parameters at the learning rate `lr` []."""
@@ -92,33 +94,21 @@ class RMSProp:
 Loss = Callable[[Any, Any], tuple[Tensor, tuple[Tensor, ...]]]
 
 
-class Group:
-    """Parameters that share a learning rate, `factor` times that of the step, and their optimiser.
-
-    The parameters become views of one vector. Copying or moving them afterwards parts them from it; a step refuses.
-    """
+class Group(FlatParameters):
+    """Parameters that share a learning rate, `factor` times that of the step, and their optimiser."""
 
     def __init__(
         self, parameters: Sequence[nn.Parameter], factor: float, optimiser: Callable[[Tensor], Optimiser]
     ) -> None:
-        self.parameters, self.factor = list(parameters), factor
-        self.vector = flatten([p.detach() for p in self.parameters])
-        self._sizes = [p.numel() for p in self.parameters]
-        for p, part in zip(self.parameters, self.vector.split(self._sizes), strict=True):
-            p.data = part.view_as(p)
-        self.optimiser = optimiser(self.vector)
-
-    def check(self) -> None:
-        """RuntimeError if the parameters are no longer views of the vector."""
-        if self.parameters[0].data_ptr() != self.vector.data_ptr():
-            raise RuntimeError("the parameters were copied or moved: build the gradient step afterwards")
+        super().__init__(parameters)
+        self.factor, self.optimiser = factor, optimiser(self.vector)
 
     def step(self, gradient: Tensor, lr: Tensor, divisor: Tensor) -> None:
         lr = lr if self.factor == 1.0 else lr * self.factor
         if torch.compiler.is_compiling():  # the graph takes every parameter, and never learns that they share memory
             change = self.optimiser.change(gradient, lr, divisor)
-            for p, part in zip(self.parameters, change.split(self._sizes), strict=True):
-                p.sub_(part.view_as(p))
+            for p, part in zip(self.parameters, self.split(change), strict=True):
+                p.sub_(part)
         else:
             self.optimiser(self.vector, gradient, lr, divisor)
 
@@ -182,11 +172,6 @@ class GradientStep:
         for i, group in enumerate(self._groups):
             for name, tensor in group.optimiser.state_dict().items():
                 tensor.copy_(state[str(i)][name])
-
-
-def flatten(tensors: Sequence[Tensor]) -> Tensor:
-    """All tensors as one vector."""
-    return torch.cat([x.reshape(-1) for x in tensors])
 
 
 def compile_step(step: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -76,8 +75,8 @@ def natural_step(
     gradient: Tensor,
     fisher: Callable[[Tensor], Tensor],
     *,
-    max_kl: float | None,
-    step_size: float,
+    max_kl: float | None = None,
+    step_size: float = 1.0,
     damping: float,
     iterations: int,
     tolerance: float,
@@ -89,18 +88,17 @@ def natural_step(
     appendix C; Rajeswaran et al. 2017 (arXiv 1703.02660), equation 4. A zero gradient gives a zero step.
     """
     x, residual = conjugate_gradient(lambda v: fisher(v) + damping * v, gradient, iterations, tolerance)
-    along = gradient @ x
     if max_kl is None:
-        length = torch.full_like(along, step_size)
+        length = torch.full_like(x[0], step_size)
     else:
         squared = x @ (gradient - residual)  # x' (F + damping I) x
         length = (2.0 * max_kl / squared).sqrt().where(squared > 0.0, 0.0)
     tiny = torch.finfo(gradient.dtype).tiny
-    return NaturalStep(length * x, length * along, residual.norm() / gradient.norm().clamp_min(tiny))
+    return NaturalStep(length * x, length * (gradient @ x), residual.norm() / gradient.norm().clamp_min(tiny))
 
 
 class Trial(NamedTuple):
-    """What a point of the line search is worth, [] each."""
+    """What a point of a line search is worth, [] each."""
 
     improvement: Tensor  # of the surrogate over the start
     kl: Tensor  # mean KL from the start
@@ -111,7 +109,7 @@ class Search(NamedTuple):
 
     fraction: float  # of the full step; 0 where every point was refused
     first: Trial  # of the full step
-    last: Trial | None  # of the accepted point; None where there was none
+    last: Trial  # of the point it ended at
 
 
 def line_search(
@@ -125,18 +123,15 @@ def line_search(
 ) -> Search:
     """The first of the fractions 1, factor, factor^2, ... of a step that keeps the KL and is worth taking.
 
-    `try_step(fraction)` moves there and measures. Accepted is a point with KL <= max_kl and an improvement above 0 and
-    of at least accept_ratio * fraction * predicted: Schulman et al. 2015 (arXiv 1502.05477), appendix C. Where none is,
-    `try_step(0.0)` moves back.
+    `try_step(fraction)` moves there and measures. Accepted is a point with KL <= max_kl whose improvement is above 0
+    and at least accept_ratio * fraction * predicted: Schulman et al. 2015 (arXiv 1502.05477), appendix C. Where none
+    is, `try_step(0.0)` moves back.
     """
-    first: Trial | None = None
+    trials: list[Trial] = []
     for k in range(tries):
         fraction = factor**k
-        trial = try_step(fraction)
-        first = first or trial
-        improvement, kl = float(trial.improvement), float(trial.kl)
-        if math.isfinite(improvement) and kl <= max_kl and improvement > 0.0:
-            if improvement >= accept_ratio * fraction * predicted:
-                return Search(fraction, first, trial)
-    back = try_step(0.0)
-    return Search(0.0, first or back, None)
+        trials.append(try_step(fraction))
+        improvement, kl = map(float, trials[-1])
+        if kl <= max_kl and improvement > 0.0 and improvement >= accept_ratio * fraction * predicted:
+            return Search(fraction, trials[0], trials[-1])
+    return Search(0.0, trials[0], try_step(0.0))

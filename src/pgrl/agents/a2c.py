@@ -14,14 +14,14 @@ from torch import Tensor
 
 from pgrl import functional
 from pgrl.agents.base import Agent, Setting, generator
-from pgrl.agents.on_policy import OnPolicyConfig, make_normalisers, prepare, targets, update_value_norm
+from pgrl.agents.on_policy import AdvantageConfig, make_normalisers, prepare, targets
 from pgrl.data import NoiseStream, Transition, flatten_time
 from pgrl.networks import ActorCritic
 from pgrl.optim import Adam, GradientStep, RMSProp
 
 
 @dataclass
-class A2CConfig(OnPolicyConfig):
+class A2CConfig(AdvantageConfig):
     """`algo=a2c`; the defaults are Mnih et al. 2016, section 8 (t_max, the discount, RMSProp's decay, entropy)."""
 
     advantage: str = "monte_carlo"  # as far as the rollout reaches, then V; Mnih et al. 2016, algorithm S3
@@ -76,9 +76,6 @@ class A2C(Agent):
         config, raw_obs = self.config, rollout.obs
         rollout = prepare(config, self.net, self.obs_norm, self.reward_scaler, rollout)
         value, advantage, returns = targets(config, self.net, self.value_norm, rollout)
-        if self.value_norm is not None:
-            update_value_norm(self.value_norm, self.net.value_head, returns)
-            value, returns = self.value_norm(value), self.value_norm(returns)
         if config.norm_adv:
             advantage = functional.normalise(advantage)
 

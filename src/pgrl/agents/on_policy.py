@@ -19,9 +19,6 @@ class OnPolicyConfig:
     """Keys of every on-policy algorithm."""
 
     gamma: float = 0.99  # discount, in [0, 1]
-    gae_lambda: float = 0.95  # for advantage=gae; Schulman et al. 2016, section 6
-    advantage: str = "gae"  # gae (= td_lambda), n_step, td0, monte_carlo
-    n_step: int = 5  # rewards before V, for advantage=n_step
     norm_obs: bool = False  # observations to mean 0, std 1 by running statistics; Engstrom et al. 2020, option 6
     clip_obs: float | None = 10.0  # normalised observations within +-; null: off; Engstrom et al. 2020, option 7
     norm_reward: bool = False  # rewards / std of the discounted return; Engstrom et al. 2020, option 2
@@ -30,6 +27,15 @@ class OnPolicyConfig:
     bootstrap_truncated: bool = True  # value what follows a time limit; false: as death, as papers before 2018 did
     network: NetworkConfig = field(default_factory=NetworkConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
+
+
+@dataclass
+class AdvantageConfig(OnPolicyConfig):
+    """Keys of those that estimate advantages with a critic."""
+
+    gae_lambda: float = 0.95  # for advantage=gae; Schulman et al. 2016, section 6
+    advantage: str = "gae"  # gae (= td_lambda), n_step, td0, monte_carlo
+    n_step: int = 5  # rewards before V, for advantage=n_step
 
 
 def make_normalisers(
@@ -47,7 +53,7 @@ def make_normalisers(
 
 
 class Targets(NamedTuple):
-    """What the critic makes of a rollout; all [T, B]."""
+    """What the critic makes of a rollout; all [T, B]. With `norm_value`, value and returns are normalised."""
 
     value: Tensor
     advantage: Tensor
@@ -61,17 +67,38 @@ def critic(net: ActorCritic, value_norm: RunningNorm | None, obs: Tensor) -> Ten
 
 
 @torch.no_grad()
-def targets(config: OnPolicyConfig, net: ActorCritic, value_norm: RunningNorm | None, rollout: Transition) -> Targets:
-    """Values, advantages and returns of a rollout [T, B, ...] of normalised observations, by one pass of the critic."""
+def values(
+    net: ActorCritic, value_norm: RunningNorm | None, rollout: Transition, terminated: Tensor
+) -> tuple[Tensor, Tensor]:
+    """V of each step's obs and of its true successor, both [T, B], by one pass over normalised observations.
+
+    After a step that is `terminated` [T, B] the second is arbitrary.
+    """
     num_steps, num_envs = rollout.reward.shape
-    terminated = rollout.terminated if config.bootstrap_truncated else rollout.terminated | rollout.truncated
     # the value of the next row is the successor's, but at the rollout's end and where the clock cut an episode
     cut = rollout.truncated & ~terminated
     successors = rollout.next_obs[-1], rollout.next_obs[cut]
-    values = critic(net, value_norm, torch.cat([rollout.obs.flatten(0, 1), *successors]))
-    value = values[: num_steps * num_envs].view(num_steps, num_envs)
-    next_value = values[num_envs : (num_steps + 1) * num_envs].view(num_steps, num_envs)
-    next_value = next_value.masked_scatter(cut, values[(num_steps + 1) * num_envs :])
+    both = critic(net, value_norm, torch.cat([rollout.obs.flatten(0, 1), *successors]))
+    value = both[: num_steps * num_envs].view(num_steps, num_envs)
+    next_value = both[num_envs : (num_steps + 1) * num_envs].view(num_steps, num_envs)
+    return value, next_value.masked_scatter(cut, both[(num_steps + 1) * num_envs :])
+
+
+@torch.no_grad()
+def targets(
+    config: AdvantageConfig,
+    net: ActorCritic,
+    value_norm: RunningNorm | None,
+    rollout: Transition,
+    *,
+    first: bool = True,
+) -> Targets:
+    """Values, advantages and returns of a rollout [T, B, ...] of normalised observations, by the present critic.
+
+    The statistics of the returns learn from it the first time only.
+    """
+    terminated = ends(config, rollout)
+    value, next_value = values(net, value_norm, rollout, terminated)
     advantage = functional.advantage(
         config.advantage,
         rollout.reward,
@@ -83,7 +110,17 @@ def targets(config: OnPolicyConfig, net: ActorCritic, value_norm: RunningNorm | 
         config.gae_lambda,
         config.n_step,
     )
-    return Targets(value, advantage, advantage + value)
+    returns = advantage + value
+    if value_norm is not None:
+        if first:
+            update_value_norm(value_norm, net.value_head, returns)
+        value, returns = value_norm(value), value_norm(returns)
+    return Targets(value, advantage, returns)
+
+
+def ends(config: OnPolicyConfig, rollout: Transition) -> Tensor:
+    """After which steps nothing is valued, [T, B]: terminations, and time limits too without `bootstrap_truncated`."""
+    return rollout.terminated if config.bootstrap_truncated else rollout.terminated | rollout.truncated
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 Every code-level detail of Engstrom et al. 2020 (arXiv 2005.12729, "options" below) and of Huang et al. 2022 ("The 37
 implementation details of PPO", "details" below) is a key of its own; the keys that other on-policy algorithms
-share stand in `OnPolicyConfig`.
+share stand in `AdvantageConfig`.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor
 
 from pgrl import functional
 from pgrl.agents.base import Agent, Setting, generator
-from pgrl.agents.on_policy import OnPolicyConfig, make_normalisers, prepare, targets, update_value_norm
+from pgrl.agents.on_policy import AdvantageConfig, make_normalisers, prepare, targets
 from pgrl.data import NoiseStream, Transition, flatten_time, minibatches
 from pgrl.networks import ActorCritic
 from pgrl.optim import Adam, GradientStep
 
 
 @dataclass
-class PPOConfig(OnPolicyConfig):
+class PPOConfig(AdvantageConfig):
     """`algo=ppo`; the defaults are Schulman et al. 2017, table 3 (MuJoCo), with details 2, 3 and 7 added."""
 
     num_steps: int = 2048  # T: steps of each env between updates
@@ -194,11 +194,7 @@ class PPO(Agent):
 
     def _with_targets(self, batch: Batch, rollout: Transition, *, first: bool = False) -> Batch:
         """The batch with values, advantages and returns by the present value function."""
-        value, advantage, returns = targets(self.config, self.net, self.value_norm, rollout)
-        if self.value_norm is not None:
-            if first:
-                update_value_norm(self.value_norm, self.net.value_head, returns)
-            value, returns = self.value_norm(value), self.value_norm(returns)
+        value, advantage, returns = targets(self.config, self.net, self.value_norm, rollout, first=first)
         if self.config.norm_adv == "batch":
             advantage = functional.normalise(advantage)
         return batch._replace(value=value, advantage=advantage, returns=returns)

@@ -83,16 +83,20 @@ SHARE = Rule(lambda x: 0 <= x <= 1, "must be in [0, 1]")
 RULES: dict[str, Rule] = {
     **dict.fromkeys(
         "total_timesteps num_envs threads eval_every eval_episodes save_every log_every max_episode_steps num_steps "
-        "n_step update_epochs num_minibatches episodes".split(),
+        "n_step update_epochs num_minibatches episodes cg_steps backtrack_steps".split(),
         COUNT,
     ),
     **dict.fromkeys(("hidden_sizes", "value_hidden_sizes"), COUNTS),
     **dict.fromkeys(
         "learning_rate value_learning_rate adaptive_lr_kl adam_eps opt_eps max_grad_norm clip_coef clip_coef_high "
-        "vf_clip_coef target_kl kl_coef kl_coef_target clip_obs clip_reward policy_gain value_gain".split(),
+        "vf_clip_coef target_kl kl_coef kl_coef_target clip_obs clip_reward policy_gain value_gain max_kl "
+        "step_size".split(),
         POSITIVE,
     ),
     **dict.fromkeys(("gamma", "gae_lambda"), SHARE),
+    **dict.fromkeys(("damping", "cg_tolerance", "accept_ratio"), Rule(lambda x: x >= 0, "must not be negative")),
+    "fisher_fraction": Rule(lambda x: 0 < x <= 1, "must be above 0, and at most 1"),
+    "backtrack_factor": Rule(lambda x: 0 < x < 1, "must be above 0 and below 1"),
     "rms_prop_alpha": Rule(lambda x: 0 <= x < 1, "must be in [0, 1)"),
     "vf_coef": Rule(lambda x: x >= 0, "must not be negative"),
     "dual_clip": Rule(lambda x: x > 1, "must be above 1"),
@@ -103,6 +107,7 @@ RULES: dict[str, Rule] = {
 CHOICES: dict[str, tuple[str, ...]] = {
     "advantage": ("gae", "td_lambda", "n_step", "td0", "monte_carlo"),
     "norm_adv": ("minibatch", "batch"),
+    "baseline": ("mean", "leave_one_out", "time", "value", "min_variance", "min_variance_per_parameter"),
     "optimizer": ("rmsprop", "adam"),
     "body": ("auto", "mlp", "cnn"),
     "activation": ("tanh", "relu", "elu", "silu", "gelu"),
