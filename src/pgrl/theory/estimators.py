@@ -242,37 +242,37 @@ STATEMENTS = (
     Statement(
         "d_gamma is a distribution",
         "Sutton et al. 2000, section 1",
-        "monte_carlo of 1{s_t = s} with its bootstrap, and the solved d_gamma",
+        "E[monte_carlo] of 1{s_t = s}, the solved d_gamma",
         occupancy_sums_to_one,
     ),
     Statement(
         "advantages average to zero",
         "Sutton et al. 2000, section 3",
-        "E[gae | s, a] for 4 lambdas and Q - V; its mean under pi and 0",
+        "E[gae | s, a] and Q - V; its mean under pi and 0",
         advantages_average_to_zero,
     ),
     Statement(
         "performance-difference lemma",
         "Kakade & Langford 2002, lemma 6.1",
-        "E_new[sum gamma^t td_error of V_old] and J(new) - J(old)",
+        "E_new[sum gamma^t td_error], J(new) - J(old)",
         performance_difference,
     ),
     Statement(
         "GAE, lambda = 0: the TD residual",
         "Schulman et al. 2016, eq. 17",
-        "gae under all 256 endings of 4 steps and r + gamma V(s') - V(s)",
+        "gae and its residual, all 256 endings of 4 steps",
         lambda_zero_is_td,
     ),
     Statement(
         "GAE, lambda = 1: Monte Carlo - V",
         "Schulman et al. 2016, eq. 18",
-        "gae under all 256 endings of 4 steps and the sum of rewards - V",
+        "gae and sums of rewards, all 256 endings of 4 steps",
         lambda_one_is_monte_carlo,
     ),
     Statement(
         "GAE is its definition",
         "Schulman et al. 2016, eq. 16",
-        "gae, td_lambda - V: all 1024 endings of 5 steps, 64 random ones of 40",
+        "gae, td_lambda: 1024 endings of 5 steps, 64 of 40",
         gae_is_its_definition,
     ),
     Statement(
@@ -283,8 +283,8 @@ STATEMENTS = (
     ),
     Statement(
         "a truncation bootstraps, an end does not",
-        "Pardo et al. 2018, eq. 6",
-        "A2C's targets in a chain of rewards 1 and their closed forms",
+        "Pardo et al. 2018",
+        "A2C's targets in a chain of rewards 1, closed forms",
         truncation_bootstraps,
     ),
 )

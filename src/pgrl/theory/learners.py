@@ -107,7 +107,7 @@ def record(agent: Any) -> None:
 
 def ascent(learner: Learner, rollout: Transition) -> Tensor:
     """What an update adds to the policy's parameters [P] at rate 1: the estimate of the gradient that trains."""
-    total = learner.agent.step.state_dict()["0"]["total"]
+    total: Tensor = learner.agent.step.state_dict()["0"]["total"]
     total.zero_()
     learner.agent.update(rollout, 0.0)
     size = sum(p.numel() for p in learner.parameters())

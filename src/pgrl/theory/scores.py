@@ -132,14 +132,14 @@ def kl_estimate_is_unbiased() -> Check:
 STATEMENTS = (
     Statement(
         "the score has zero mean (discrete)",
-        "Williams 1992, section 5",
-        "log_prob of 3 kinds of policies over all actions and 0",
+        "Sutton & Barto 2018, section 13.4",
+        "log_prob of 3 kinds of policies, all actions; 0",
         discrete_scores_have_zero_mean,
     ),
     Statement(
         "the score has zero mean (continuous)",
-        "Williams 1992, section 6",
-        "log_prob of 5 kinds of policies, by quadrature, and 0",
+        "Sutton & Barto 2018, section 13.7",
+        "log_prob of 5 kinds of policies, by quadrature; 0",
         continuous_scores_have_zero_mean,
     ),
     Statement(
