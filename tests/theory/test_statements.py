@@ -51,7 +51,13 @@ def unmasked(_: Any) -> Any:
 
 def uncut(_: Any) -> Any:
     def gae(
-        reward: Tensor, value: Tensor, next_value: Tensor, terminated: Tensor, truncated: Tensor, gamma: float, lam: float
+        reward: Tensor,
+        value: Tensor,
+        next_value: Tensor,
+        terminated: Tensor,
+        truncated: Tensor,
+        gamma: float,
+        lam: float,
     ) -> Tensor:
         delta = functional.td_error(reward, value, next_value, terminated, gamma)
         return functional.discounted_sum(delta, gamma * lam * (~terminated).double())
@@ -161,8 +167,8 @@ MUTATIONS = (
         "returns without a discount",
         functional,
         "monte_carlo",
-        lambda right: lambda reward, next_value, terminated, truncated, _: right(
-            reward, next_value, terminated, truncated, 1.0
+        lambda right: (
+            lambda reward, next_value, terminated, truncated, _: right(reward, next_value, terminated, truncated, 1.0)
         ),
         ("A2C with gamma < 1 is not grad J", "REINFORCE's expected step is grad J"),
     ),
@@ -190,7 +196,7 @@ MUTATIONS = (
         "another lambda",
         functional,
         "gae",
-        lambda right: lambda *args: right(*args[:-1], 0.9 * args[-1] + 0.05),
+        lambda right: lambda *args: right(*args[:-1], 0.9 * args[-1] + 0.02),
         ("GAE, lambda = 0: the TD residual", "GAE is its definition", "wrong V: lambda < 1 is biased"),
     ),
     Mutation(
@@ -307,8 +313,8 @@ MUTATIONS = (
         "conjugate gradients that stop early",
         trust_region,
         "conjugate_gradient",
-        lambda right: lambda product, b, iterations, tolerance: right(product, b, iterations // 4, tolerance),
-        ("conjugate gradients solve", "the natural gradient is invariant", "NPG's step is the natural gradient's"),
+        lambda right: lambda product, b, iterations, tolerance: right(product, b, iterations // 20, tolerance),
+        ("conjugate gradients solve", "NPG's step is the natural gradient's"),
     ),
     Mutation(
         "one policy written in one way",

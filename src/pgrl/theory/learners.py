@@ -65,7 +65,8 @@ class Learner(NamedTuple):
         """The episodes k of `found`, one for each env, as a rollout [H, len(k), ...] that ends in terminations."""
         state, action, reward = found.state[k].T, found.action[k].T, found.reward[k].T
         time = torch.arange(self.mdp.horizon).unsqueeze(-1)
-        following = torch.cat([state[1:], state[:1]])  # what follows the last step must not matter
+        # after the last step a state that gives the last action away: its value must not matter
+        following = torch.cat([state[1:], action[-1:] % len(self.mdp.start)])
         terminated = (time == self.mdp.horizon - 1).expand_as(state)
         obs, next_obs = self.features[time, state], self.features[time + 1, following]
         return Transition(obs, action, reward, next_obs, terminated, torch.zeros_like(terminated))
