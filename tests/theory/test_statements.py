@@ -133,7 +133,11 @@ MUTATIONS = (
         DiagGaussian,
         "log_prob",
         lambda right: lambda self, action: right(self, action) + self.log_std.sum(-1),
-        ("the score has zero mean (continuous)", "Fisher-vector product is F v"),
+        (
+            "the score has zero mean (continuous)",
+            "Fisher-vector product is F v",
+            "Gaussian steps follow the gradient",
+        ),
     ),
     Mutation(
         "a Beta density off by its norm",

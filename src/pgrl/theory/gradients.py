@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import gymnasium.spaces as spaces
+import numpy as np
 import torch
 from torch import Generator, Tensor
 from torch.autograd import grad
 
 from pgrl import functional
 from pgrl.agents import A2CConfig, PPOConfig
+from pgrl.data import Transition
 from pgrl.theory.check import Check, Statement, differs, equal
-from pgrl.theory.learners import Learner, expected_ascent, make
+from pgrl.theory.learners import Learner, ascent, build, expected_ascent, make
 from pgrl.theory.mdp import discounts, episodes, lambda_values, objective, random_mdp, score_weighted, values
+from pgrl.theory.scores import hermite
 
 CLIPS: tuple[dict[str, Any], ...] = (
     {"clip_coef": None},
@@ -114,6 +118,28 @@ def ppo_begins_with_the_policy_gradient() -> Check:
     return equal(*pairs)
 
 
+def gaussian_steps_follow_the_gradient() -> Check:
+    """With one state and the reward -(a - 1)^2, J = -(mean - 1)^2 - std^2: its slopes, and A2C's and PPO's steps.
+
+    The actions are those of a Gauss-Hermite quadrature, exact for the fourth powers that occur.
+    """
+    pairs = []
+    never, seen = torch.zeros(1, 1, dtype=torch.bool), torch.ones(1, 1, 1, dtype=torch.float64)
+    z, weight = hermite(1, 3)
+    for config in (A2CConfig(ent_coef=0.0), PPOConfig(update_epochs=1, num_minibatches=1, norm_adv=None)):
+        config.num_steps = 1
+        agent = build(config, 1, spaces.Box(-np.inf, np.inf, (1,), np.float32), 1, seed=43)
+        slope, bias, log_std = (p.detach() for p in agent.net.policy_parameters())
+        mean, std = slope[0] + bias, log_std.exp()
+        expected = torch.zeros(3, dtype=torch.float64)
+        for x, w in zip(z, weight, strict=True):
+            action = (mean + std * x).view(1, 1, 1)
+            reward = -(action - 1.0).square().squeeze(-1)
+            expected += w * ascent(agent, Transition(seen, action, reward, seen, ~never, never))
+        pairs.append((expected, torch.cat([-2.0 * (mean - 1.0), -2.0 * (mean - 1.0), -2.0 * std.square()])))
+    return equal(*pairs)
+
+
 def clip_stops_the_gradient() -> Check:
     """The gradient of a sample is -A ratio, and 0 exactly where A > 0, ratio > 1 + high or A < 0, ratio < 1 - low.
 
@@ -172,6 +198,12 @@ STATEMENTS = (
         "Schulman et al. 2017, eq. 7",
         "PPO's update with 5 clips and the exact vector",
         ppo_begins_with_the_policy_gradient,
+    ),
+    Statement(
+        "Gaussian steps follow the gradient",
+        "Sutton & Barto 2018, section 13.7",
+        "A2C's and PPO's updates by quadrature, closed forms",
+        gaussian_steps_follow_the_gradient,
     ),
     Statement(
         "PPO's clip stops the gradient",

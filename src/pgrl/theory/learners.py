@@ -73,24 +73,29 @@ class Learner(NamedTuple):
 
 
 def make(config: Any, mdp: MDP, *, timed: bool = True, num_envs: int = 1, seed: int = 0) -> Learner:
-    """The agent of `config`, with random weights; with `timed` False it sees the state alone, not the time.
-
-    Its gradient steps are recorded instead of taken, at rate 1 and without clipping.
-    """
+    """The agent of `config` in an MDP; with `timed` False it sees the state alone, not the time."""
     states, actions = mdp.reward.shape
     times = mdp.horizon + 1
     features = torch.eye(times * states if timed else states, dtype=torch.float64)
     features = features.view(times, states, -1) if timed else features.expand(times, -1, -1)
-    config.gamma, config.num_steps, config.network.hidden_sizes = mdp.gamma, mdp.horizon, []
-    space = spaces.Box(-np.inf, np.inf, (features.shape[-1],), np.float32)
-    setting = Setting(space, spaces.Discrete(actions), num_envs, seed, torch.device("cpu"))
-    agent: Any = AGENTS[type(config)](config, setting)
+    config.gamma, config.num_steps = mdp.gamma, mdp.horizon
+    return Learner(build(config, features.shape[-1], spaces.Discrete(actions), num_envs, seed), mdp, features)
+
+
+def build(config: Any, features: int, action_space: spaces.Space[Any], num_envs: int, seed: int) -> Any:
+    """The agent of `config` with linear networks and random weights, in float64.
+
+    Its gradient steps are recorded instead of taken, at rate 1 and without clipping.
+    """
+    config.network.hidden_sizes = []
+    space = spaces.Box(-np.inf, np.inf, (features,), np.float32)
+    agent: Any = AGENTS[type(config)](config, Setting(space, action_space, num_envs, seed, torch.device("cpu")))
     agent.net.double()
     random = Generator().manual_seed(seed)
     for p in agent.net.parameters():
         p.data.copy_(torch.randn(p.shape, generator=random, dtype=p.dtype))
     record(agent)
-    return Learner(agent, mdp, features)
+    return agent
 
 
 def record(agent: Any) -> None:
@@ -106,12 +111,12 @@ def record(agent: Any) -> None:
         agent.critic.step = GradientStep(agent.critic.loss, [value], Recorder, max_grad_norm=None)
 
 
-def ascent(learner: Learner, rollout: Transition) -> Tensor:
+def ascent(agent: Any, rollout: Transition) -> Tensor:
     """What an update adds to the policy's parameters [P] at rate 1: the estimate of the gradient that trains."""
-    total: Tensor = learner.agent.step.state_dict()["0"]["total"]
+    total: Tensor = agent.step.state_dict()["0"]["total"]
     total.zero_()
-    learner.agent.update(rollout, 0.0)
-    size = sum(p.numel() for p in learner.parameters())
+    agent.update(rollout, 0.0)
+    size = sum(p.numel() for p in agent.net.policy_parameters())
     return -total[:size].clone()
 
 
@@ -119,5 +124,5 @@ def expected_ascent(learner: Learner, found: Episodes, num_envs: int = 1) -> Ten
     """The mean [P] of `ascent` over all episodes, or all ways to draw one episode for each of several envs."""
     mean = torch.zeros(sum(p.numel() for p in learner.parameters()), dtype=torch.float64)
     for k in torch.cartesian_prod(*[torch.arange(len(found.probability))] * num_envs).view(-1, num_envs).tolist():
-        mean += found.probability[k].prod() * ascent(learner, learner.rollout(found, k))
+        mean += found.probability[k].prod() * ascent(learner.agent, learner.rollout(found, k))
     return mean

@@ -69,7 +69,7 @@ def episodes_in_a_row() -> Check:
         pairs = zip(*(learner.rollout(found, [k, k]) for k in (i, j, i)), strict=True)
         rollout = Transition(*(torch.cat(rows)[:-1] for rows in pairs))
         learner.agent.age.zero_()
-        mean += found.probability[i] * found.probability[j] * ascent(learner, rollout)
+        mean += found.probability[i] * found.probability[j] * ascent(learner.agent, rollout)
     return equal((mean, exact(learner, discounted=True)))
 
 
