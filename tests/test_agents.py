@@ -1,4 +1,4 @@
-"""PPO and A2C: against plain implementations of their papers, key by key, and whether all their state is saved."""
+"""The on-policy agents: against plain implementations of their papers, key by key, and whether all state is saved."""
 
 from __future__ import annotations
 
@@ -17,10 +17,20 @@ import torch
 from torch import Generator, Tensor, nn
 
 from pgrl import functional as F
-from pgrl.agents import A2C, AGENTS, PPO, A2CConfig, Agent, PPOConfig, Setting
+from pgrl.agents import (
+    AGENTS,
+    A2CConfig,
+    Agent,
+    NPGConfig,
+    PPOConfig,
+    REINFORCEConfig,
+    Setting,
+    TRPOConfig,
+)
 from pgrl.agents.base import generator
 from pgrl.agents.on_policy import critic, targets, update_value_norm
 from pgrl.data import Transition, action_rows
+from pgrl.flat import FlatParameters
 from pgrl.networks import RunningNorm
 
 ENVS = 2
@@ -46,6 +56,22 @@ WORLDS = {
 SMALL: dict[type, dict[str, Any]] = {
     PPOConfig: {"num_steps": 16, "num_minibatches": 2, "update_epochs": 2, "learning_rate": 1e-2, "ent_coef": 0.01},
     A2CConfig: {"num_steps": 16, "learning_rate": 1e-2},
+    REINFORCEConfig: {"num_steps": 32, "num_minibatches": 2, "update_epochs": 2, "learning_rate": 1e-2},
+    NPGConfig: {"num_steps": 16, "num_minibatches": 2, "update_epochs": 2},
+    TRPOConfig: {"num_steps": 16, "num_minibatches": 2, "update_epochs": 2},
+}
+NATURAL_EVERYTHING = {
+    "norm_obs": True,
+    "norm_value": True,
+    "norm_reward": True,
+    "clip_reward": 2.0,
+    "vf_clip_coef": 0.2,
+    "max_grad_norm": 0.5,
+    "fisher_fraction": 0.5,
+    "anneal_kl": True,
+    "ent_coef": 0.01,
+    "network.shared": True,
+    "policy.state_dependent_std": True,
 }
 EVERYTHING: dict[type, dict[str, Any]] = {
     PPOConfig: {
@@ -72,12 +98,31 @@ EVERYTHING: dict[type, dict[str, Any]] = {
         "optimizer": "adam",
         "policy.state_dependent_std": True,
     },
+    REINFORCEConfig: {
+        "norm_obs": True,
+        "norm_value": True,
+        "norm_reward": True,
+        "discount_states": True,
+        "vf_clip_coef": 0.2,
+        "max_grad_norm": 0.5,
+        "ent_coef": 0.01,
+        "network.shared": True,
+    },
+    NPGConfig: NATURAL_EVERYTHING,
+    TRPOConfig: NATURAL_EVERYTHING,
 }
 VARIANTS = {
     "ppo": (PPOConfig, {}),
     "ppo with everything": (PPOConfig, EVERYTHING[PPOConfig]),
     "a2c": (A2CConfig, {}),
     "a2c with everything": (A2CConfig, EVERYTHING[A2CConfig]),
+    "reinforce": (REINFORCEConfig, {}),
+    "reinforce with everything": (REINFORCEConfig, EVERYTHING[REINFORCEConfig]),
+    "reinforce without a critic": (REINFORCEConfig, {"baseline": "min_variance_per_parameter"}),
+    "npg": (NPGConfig, {}),
+    "npg with everything": (NPGConfig, NATURAL_EVERYTHING),
+    "trpo": (TRPOConfig, {}),
+    "trpo with everything": (TRPOConfig, NATURAL_EVERYTHING),
 }
 
 
@@ -376,7 +421,7 @@ def test_update_leaves_the_rollout_alone(variant: tuple[type, dict[str, Any]]) -
 
 
 @pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("cls", [PPOConfig, A2CConfig])
+@pytest.mark.parametrize("cls", AGENTS)
 def test_every_parameter_learns(cls: type, world: str) -> None:
     agent = make(cls, {"network.shared": world == "image"}, world)
     before = {name: p.detach().clone() for name, p in agent.net.named_parameters()}
@@ -411,12 +456,15 @@ def test_targets_value_the_true_successor(kind: str, norm_value: bool) -> None:
     ends = rollout.terminated, rollout.truncated
     expected = F.advantage(kind, rollout.reward, value, next_value, *ends, 0.99, 0.95, 3)
     t = targets(agent.config, agent.net, agent.value_norm, rollout)
-    torch.testing.assert_close(t.value, value, rtol=1e-4, atol=1e-4)
+    norm = agent.value_norm.denormalise if norm_value else torch.Tensor.clone
+    torch.testing.assert_close(norm(t.value), value, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(t.advantage, expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(t.returns, expected + value, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(norm(t.returns), expected + value, rtol=1e-4, atol=1e-4)
+    again = targets(agent.config, agent.net, agent.value_norm, rollout, first=False)
+    torch.testing.assert_close(again.value, t.value, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("cls", [PPOConfig, A2CConfig])
+@pytest.mark.parametrize("cls", AGENTS)
 def test_without_bootstrap_truncation_is_termination(cls: type) -> None:
     rollout = play(make(cls), "box", seed=0)
     as_death = rollout._replace(
@@ -432,7 +480,7 @@ def test_without_bootstrap_truncation_is_termination(cls: type) -> None:
     assert not torch.equal(results[0], results[3])
 
 
-@pytest.mark.parametrize("cls", [PPOConfig, A2CConfig])
+@pytest.mark.parametrize("cls", [PPOConfig, A2CConfig, NPGConfig, TRPOConfig])
 def test_successor_matters_where_the_clock_ran_out(cls: type) -> None:
     """Another successor changes the update after a truncation, and changes nothing after a termination."""
     rollout = play(make(cls), "box", seed=0, ends=0.0)
@@ -575,8 +623,9 @@ def test_whatever_changes_is_state(variant: tuple[type, dict[str, Any]], world: 
     before = snapshot(agent)
     train(agent, world)
     changed = {path.split(".")[1] for path in differences(before, snapshot(agent))}
-    assert {"net", "noise", "step", "updates"} <= changed
-    assert changed <= set(agent.state_dict())
+    assert {"net", "noise", "updates"} <= changed
+    views = {name for name, part in vars(agent).items() if isinstance(part, FlatParameters)}  # of the net
+    assert changed - views <= set(agent.state_dict())
 
     other = make(cls, keys, world, seed=2)
     assert differences(snapshot(agent), snapshot(other))
@@ -643,7 +692,7 @@ def test_evaluation_sees_the_statistics_of_training() -> None:
     assert not torch.equal(agent.act(obs, explore=False), agent.net.mode(obs))
 
 
-@pytest.mark.parametrize("cls", [PPOConfig, A2CConfig])
+@pytest.mark.parametrize("cls", AGENTS)
 def test_runs_repeat_and_seeds_differ(cls: type) -> None:
     runs = []
     for seed in (1, 1, 2):
@@ -665,8 +714,8 @@ def test_neighbouring_seeds_share_no_stream() -> None:
 
 
 def test_agents_are_found_by_their_configs() -> None:
-    assert AGENTS[PPOConfig] is PPO and AGENTS[A2CConfig] is A2C
-    for agent in AGENTS.values():
+    for config, agent in AGENTS.items():
+        assert config.__name__ == f"{agent.__name__}Config" and agent.name == agent.__name__.lower()
         assert agent.__bases__ == (Agent,)  # one level deep: algorithms share functions, not ancestors
 
 
@@ -680,11 +729,13 @@ def flip(*values: Any, world: str = "box", **base: Any) -> Flip:
     return {k.replace("__", "."): v for k, v in base.items()}, list(values), world
 
 
-SHARED_FLIPS: dict[str, Flip] = {
-    "gamma": flip(0.5, 1.0),
+ADVANTAGE_FLIPS: dict[str, Flip] = {
     "gae_lambda": flip(0.5, advantage="gae"),
     "advantage": flip("n_step", "td0", "monte_carlo", advantage="gae"),
     "n_step": flip(2, advantage="n_step"),
+}
+SHARED_FLIPS: dict[str, Flip] = {
+    "gamma": flip(0.5, 1.0),
     "norm_obs": flip(True),
     "clip_obs": flip(0.5, norm_obs=True),
     "norm_reward": flip(True),
@@ -692,11 +743,9 @@ SHARED_FLIPS: dict[str, Flip] = {
     "norm_value": flip(True),
     "bootstrap_truncated": flip(False),
     "num_steps": flip(8),
-    "learning_rate": flip(1e-3),
     "anneal_lr": flip(False),
     "max_grad_norm": flip(0.1, None),
     "ent_coef": flip(0.5),
-    "vf_coef": flip(0.1),
     "network.body": flip("mlp", world="image"),
     "network.hidden_sizes": flip([64], [32, 32]),
     "network.value_hidden_sizes": flip([32]),
@@ -710,9 +759,48 @@ SHARED_FLIPS: dict[str, Flip] = {
     "policy.state_dependent_std": flip(True),
     "policy.rescale": flip(False),
 }
+GRADIENT_FLIPS: dict[str, Flip] = {**ADVANTAGE_FLIPS, "learning_rate": flip(1e-3), "vf_coef": flip(0.1)}
+CRITIC_FLIPS: dict[str, Flip] = {
+    "update_epochs": flip(1),
+    "num_minibatches": flip(4),
+    "shuffle": flip(False),
+    "value_learning_rate": flip(1e-4),
+    "adam_eps": flip(0.1),
+    "max_grad_norm": flip(0.01),
+    "vf_clip_coef": flip(0.01, None, vf_clip_coef=0.1),
+}
+NATURAL_FLIPS: dict[str, Flip] = {
+    **SHARED_FLIPS,
+    **ADVANTAGE_FLIPS,
+    **CRITIC_FLIPS,
+    "max_kl": flip(0.05),
+    "anneal_kl": flip(True),
+    "damping": flip(0.5, 0.0),
+    "cg_steps": flip(2),
+    "cg_tolerance": flip(0.3),
+    "fisher_fraction": flip(0.25),
+    "norm_adv": flip(False, damping=0.1, ent_coef=0.1),  # beside the entropy: the radius takes all other scales away
+}
 FLIPS: dict[type, dict[str, Flip]] = {
+    REINFORCEConfig: {
+        **SHARED_FLIPS,
+        **CRITIC_FLIPS,
+        "num_steps": flip(16),
+        "baseline": flip("mean", "leave_one_out", "time", "min_variance", "min_variance_per_parameter", None),
+        "discount_states": flip(True),
+        "learning_rate": flip(1e-3),
+    },
+    NPGConfig: {**NATURAL_FLIPS, "max_kl": flip(0.05, None), "step_size": flip(0.01, max_kl=None)},
+    TRPOConfig: {
+        **NATURAL_FLIPS,
+        # a Fisher matrix of three rows makes for steps that are too long
+        "backtrack_factor": flip(0.8, fisher_fraction=0.1, damping=1e-3),
+        "backtrack_steps": flip(2, fisher_fraction=0.1, damping=1e-3),
+        "accept_ratio": flip(1.5, fisher_fraction=0.1, damping=1e-3),
+    },
     PPOConfig: {
         **SHARED_FLIPS,
+        **GRADIENT_FLIPS,
         "update_epochs": flip(1),
         "num_minibatches": flip(4),
         "shuffle": flip(False),
@@ -734,6 +822,7 @@ FLIPS: dict[type, dict[str, Flip]] = {
     },
     A2CConfig: {
         **SHARED_FLIPS,
+        **GRADIENT_FLIPS,
         "norm_adv": flip(True),
         "optimizer": flip("adam"),
         "rms_prop_alpha": flip(0.5),
@@ -810,7 +899,7 @@ def test_off_is_the_limit_of_on(keys: dict[str, Any], same: dict[str, Any]) -> N
 
 @pytest.mark.slow  # the compiler takes most of a minute
 @pytest.mark.parametrize("world", ["box", "discrete"])
-@pytest.mark.parametrize("cls", [PPOConfig, A2CConfig])
+@pytest.mark.parametrize("cls", [PPOConfig, A2CConfig, TRPOConfig])
 def test_compiled_equals_eager_and_compiles_once(cls: type, world: str) -> None:
     import torch._dynamo as dynamo
 

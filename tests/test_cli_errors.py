@@ -19,7 +19,7 @@ from pgrl.train import launch
 # that is no run, one with a config.yaml of something else, `foreign`, and the file `file`.
 WRONG = [
     # algorithms, envs, and other choices of files
-    ("algo=foo", "algo=foo", "must be a2c or ppo"),
+    ("algo=foo", "algo=foo", "must be a2c or"),
     ("algo=", "algo=", "needs a name"),
     ("env=CartPole", "env=CartPole", "did you mean CartPole-v1"),
     ("env=Hoper-v4", "env=Hoper-v4", "did you mean Hopper-v4"),
@@ -53,6 +53,13 @@ WRONG = [
     ("total_timesteps=10", "total_timesteps=10", "less than one rollout"),
     ("algo.clip_coef=null algo.dual_clip=3", "algo.dual_clip=3", "switches clipping off"),
     ("algo.gamma=2 env=Hoper-v4 seed=-1", "seed=-1", "must be in [0, 1]"),
+    ("algo=reinforce env=Pendulum-v1 algo.num_steps=64", "algo.num_steps=64", "can take 200 steps"),
+    ("algo=reinforce algo.baseline=leave_one_out num_envs=1", "num_envs=1", "none of them"),
+    ("algo=reinforce algo.baseline=none", "algo.baseline=none", "or null"),
+    ("algo=trpo algo.max_kl=0", "algo.max_kl=0.0", "above 0"),
+    ("algo=npg algo.max_kl=-1", "algo.max_kl=-1.0", "above 0"),
+    ("algo=trpo algo.damping=-0.1", "algo.damping=-0.1", "not be negative"),
+    ("algo=trpo algo.backtrack_factor=1", "algo.backtrack_factor=1.0", "below 1"),
     # folders and devices
     ("device=cuda:99", "device=cuda:99", "not available"),
     ("run_dir=file/run", "run_dir=file/run", "not a folder"),
@@ -86,11 +93,11 @@ MORE = [
     ("seed", "seed", "not of the form key=value"),
     ("algo.learning_rate=fast", "algo.learning_rate=fast", "a number"),
     ("algo.network.hidden_sizes=[64,0]", "algo.network.hidden_sizes=[64, 0]", "at least 1"),
-    ("-m algo=ppo,foo", "algo=foo", "must be a2c or ppo"),
+    ("-m algo=ppo,foo", "algo=foo", "must be a2c or"),
     ("resume=other", "resume=other", "not the folder of a run"),
     ("evaluate run=other", "run=other", "not the folder of a run"),
     ("evaluate run=stopped episodes=0", "episodes=0", "at least 1"),
-    ("algo=PPO", "algo=PPO", "must be a2c or ppo"),
+    ("algo=PPO", "algo=PPO", "must be a2c or"),
     ("env=Hopper-v9", "env=Hopper-v9", "did you mean Hopper-v5"),
     ("env=Hopper-v3", "env=Hopper-v3", "no such environment"),
     ("network=resnet", "network=resnet", "must be cnn or mlp"),
@@ -226,7 +233,7 @@ def test_folder_in_use(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     "command, key, why",
     [
         ("train algo.gamma=2 algo.num_minibatches=7 env=Hoper-v4", "algo.num_minibatches=7", "in [0, 1]"),
-        ("train -m seed=1,2 algo=ppo,foo", "algo=foo", "must be a2c or ppo"),
+        ("train -m seed=1,2 algo=ppo,foo", "algo=foo", "must be a2c or"),
         ("train resume=done", "resume=done", "the run is done"),
         ("evaluate run=nothing", "run=nothing", "no such folder"),
     ],

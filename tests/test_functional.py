@@ -426,3 +426,45 @@ def test_explained_variance() -> None:
 @pytest.mark.parametrize("shape", [(1, 1), (5, 1)])
 def test_explained_variance_of_constant_returns_is_finite(shape: tuple[int, int]) -> None:
     assert F.explained_variance(torch.ones(shape), torch.full(shape, 2.0)).isfinite()
+
+
+# --- what REINFORCE makes of a rollout ---
+
+
+def ends(num_steps: int, num_envs: int, seed: int) -> tuple[Tensor, Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    draws = torch.rand(2, num_steps, num_envs, generator=random) < 0.15
+    return draws[0], draws[1]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_episodes_are_counted_and_aged(seed: int) -> None:
+    terminated, truncated = ends(20, 3, seed)
+    first = torch.tensor([0, 4, 9])
+    age = F.episode_age(terminated, truncated, first)
+    complete, episodes = F.complete_episodes(terminated, truncated)
+    done = terminated | truncated
+    assert episodes == done.sum() and age.shape == (21, 3)
+    for b in range(3):
+        now = int(first[b])
+        for t in range(20):
+            assert age[t, b] == now and complete[t, b] == done[t:, b].any()
+            now = 0 if done[t, b] else now + 1
+        assert age[20, b] == now
+
+
+def test_batch_baselines_are_weighted_means() -> None:
+    random = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(7, 3, generator=random), torch.rand(7, 3, generator=random)
+    age = torch.randint(4, (7, 3), generator=random)
+    weight[2] = 0.0
+    mean, others, by_age = F.weighted_mean(x, weight), F.leave_one_out_mean(x, weight), F.mean_by_age(x, weight, age)
+    for t in range(7):
+        for b in range(3):
+            rest = [c for c in range(3) if c != b]
+            same = age == age[t, b]
+            torch.testing.assert_close(mean[t, b], (x * weight).sum() / weight.sum())
+            torch.testing.assert_close(others[t, b], (x * weight)[:, rest].sum() / weight[:, rest].sum())
+            torch.testing.assert_close(by_age[t, b], (x * weight)[same].sum() / weight[same].sum())
+    nothing = torch.zeros(7, 3)
+    assert not F.leave_one_out_mean(x, nothing).any() and not F.mean_by_age(x, nothing, age).any()

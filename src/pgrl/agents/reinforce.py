@@ -31,7 +31,7 @@ from pgrl.optim import Adam, GradientStep
 class REINFORCEConfig(OnPolicyConfig, CriticConfig):
     """`algo=reinforce`."""
 
-    num_steps: int = 1000  # T: steps of each env between updates; at least an episode
+    num_steps: int = 1024  # T: steps of each env between updates; at least an episode
     baseline: str | None = (
         "value"  # mean, leave_one_out, time, value, min_variance, min_variance_per_parameter; or null
     )

@@ -28,10 +28,22 @@ class Needs(NamedTuple):
     words: str
 
 
+def values_states(algo: Any) -> bool:
+    """Whether the algorithm learns a value function."""
+    return getattr(algo, "baseline", "value") == "value"
+
+
 # By the dotted name, for every algorithm that has the key; the function is asked about the run's configuration.
 NEEDS: dict[str, Needs] = {
     "algo.n_step": Needs(lambda c: getattr(c.algo, "advantage", "n_step") == "n_step", "algo.advantage=n_step"),
     "algo.gae_lambda": Needs(lambda c: c.algo.advantage in ("gae", "td_lambda"), "algo.advantage=gae"),
+    "algo.bootstrap_truncated": Needs(lambda c: values_states(c.algo), "algo.baseline=value"),
+    "algo.norm_value": Needs(lambda c: values_states(c.algo), "algo.baseline=value"),
+    **{
+        f"algo.{key}": Needs(lambda c: values_states(c.algo), "algo.baseline=value")
+        for key in ("update_epochs", "num_minibatches", "shuffle", "value_learning_rate", "vf_clip_coef")
+    },
+    "algo.step_size": Needs(lambda c: c.algo.max_kl is None, "algo.max_kl=null"),
     "algo.clip_obs": Needs(lambda c: c.algo.norm_obs, "algo.norm_obs=true"),
     "algo.anneal_clip": Needs(lambda c: c.algo.clip_coef is not None, "algo.clip_coef=0.2"),
     "algo.clip_grad_per_network": Needs(lambda c: c.algo.max_grad_norm is not None, "algo.max_grad_norm=0.5"),
@@ -104,6 +116,7 @@ RULES: dict[str, Rule] = {
     "device": Rule(lambda x: re.fullmatch(r"cpu|cuda(:\d+)?", x) is not None, "must be cpu, cuda or cuda:<number>"),
     "checkpoint": Rule(lambda x: re.fullmatch(r"last|best|\d+", x) is not None, "must be last, best or a step"),
 }
+OVER_ENVS = ("leave_one_out", "min_variance", "min_variance_per_parameter")  # baselines
 CHOICES: dict[str, tuple[str, ...]] = {
     "advantage": ("gae", "td_lambda", "n_step", "td0", "monte_carlo"),
     "norm_adv": ("minibatch", "batch"),
@@ -174,11 +187,27 @@ def wrong_together(config: RunConfig) -> Iterator[Problem]:
             if algo[key] is not None:
                 why = "does nothing where algo.clip_coef=null switches clipping off"
                 yield Problem(f"algo.{key}", algo[key], why, (f"algo.{key}=null",))
+    if algo.get("baseline") in OVER_ENVS and config.num_envs == 1:
+        why = f"leaves algo.baseline={algo['baseline']}, which averages over the other envs, none of them"
+        yield Problem("num_envs", 1, why, ("num_envs=4",))
     network = algo.get("network")
     if network is not None and network.shared and network.value_hidden_sizes is not None:
         why = "does nothing where algo.network.shared=true gives both networks one body"
         key = "algo.network.value_hidden_sizes"
         yield Problem(key, network.value_hidden_sizes, why, (f"{key}=null",))
+
+
+def wrong_episodes(config: RunConfig) -> Iterator[Problem]:
+    """Rollouts that may hold no whole episode, for an algorithm that learns from whole ones."""
+    from pgrl import env_ids
+
+    limit = config.env.max_episode_steps or env_ids.find(config.env.id).max_episode_steps
+    num_steps = vars(config.algo).get("num_steps", 1)
+    if "baseline" in vars(config.algo) and limit is not None and num_steps < limit:
+        why = f"may hold no whole episode of {config.env.id}, which can take {limit} steps, and REINFORCE needs one"
+        parts = vars(config.algo)["num_minibatches"]
+        fitting = next(n for n in range(limit, 2 * limit + parts) if n * config.num_envs % parts == 0)
+        yield Problem("algo.num_steps", num_steps, why, (f"algo.num_steps={fitting}",))
 
 
 def divisors(n: int) -> list[int]:
@@ -283,7 +312,10 @@ def check(config: RunConfig, keys: dict[str, schema.Key]) -> list[Problem]:
     problems = list(wrong_values(config, keys))
     if not problems:
         problems += wrong_together(config)
-    problems += wrong_env(config.env.id)
+    no_env = list(wrong_env(config.env.id))
+    problems += no_env
+    if not (problems or no_env):
+        problems += wrong_episodes(config)
     if not any(p.key == "device" for p in problems):
         problems += wrong_device(config.device)
     if config.compile:
