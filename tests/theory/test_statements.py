@@ -222,21 +222,21 @@ MUTATIONS = (
         functional,
         "episode_age",
         lambda right: lambda *args: torch.zeros_like(right(*args)),
-        ("REINFORCE's expected step is grad J", "a state baseline changes nothing", "also of episodes in a row"),
+        ("REINFORCE's expected step is grad J", "a state baseline changes nothing", "REINFORCE on episodes in a row"),
     ),
     Mutation(
         "an age that is never reset",
         functional,
         "episode_age",
         lambda right: lambda a, b, first: right(torch.zeros_like(a), torch.zeros_like(b), first),
-        ("also of episodes in a row",),
+        ("REINFORCE on episodes in a row",),
     ),
     Mutation(
         "an episode too many",
         functional,
         "complete_episodes",
         count_one_more,
-        ("without gamma^t it is not grad J", "REINFORCE's expected step is grad J"),
+        ("without gamma^t REINFORCE is biased", "REINFORCE's expected step is grad J"),
     ),
     Mutation(
         "a baseline that saw the action",
@@ -250,7 +250,7 @@ MUTATIONS = (
         functional,
         "others_ratio",
         own_included,
-        ("nor do baselines of other envs", "b* has the least variance"),
+        ("baselines of other envs change nothing", "b* has the least variance"),
     ),
     Mutation(
         "one mean for all times",
@@ -264,7 +264,7 @@ MUTATIONS = (
         functional,
         "weighted_mean",
         lambda _: lambda x, weight: torch.zeros_like(x),
-        ("the mean of an episode biases",),
+        ("an episode's mean as baseline biases",),
     ),
     Mutation(
         "a theorem without gamma^t",

@@ -48,6 +48,7 @@ HELP = f"""\
 {TRAIN} [algo=NAME] [env=ID] [key=value ...]      train
 {TRAIN} resume=RUN_DIR [total_timesteps=N]        continue a stopped run, or make one longer
 {EVALUATE} run=RUN_DIR [episodes=20]           play without exploring
+{VERIFY}                                        check the theorems
 
   {TRAIN} algo=ppo env=CartPole-v1
   {TRAIN} algo=ppo env=HalfCheetah-v5 total_timesteps=2000000 seed=3

@@ -165,13 +165,13 @@ STATEMENTS = (
         step_is_the_gradient,
     ),
     Statement(
-        "also of episodes in a row",
+        "REINFORCE on episodes in a row",
         "Williams 1992, theorem 2",
         "REINFORCE, all 64 pairs and a part of a third episode",
         episodes_in_a_row,
     ),
     Statement(
-        "without gamma^t it is not grad J",
+        "without gamma^t REINFORCE is biased",
         "Nota & Thomas 2020",
         "REINFORCE, the vector without gamma^t; differs",
         step_without_discount_is_biased,
@@ -183,7 +183,7 @@ STATEMENTS = (
         state_baseline_leaves_the_gradient,
     ),
     Statement(
-        "nor do baselines of other envs",
+        "baselines of other envs change nothing",
         "Kool et al. 2019",
         "REINFORCE with 3 baselines, all 64 pairs of episodes",
         other_envs_baselines_leave_the_gradient,
@@ -195,7 +195,7 @@ STATEMENTS = (
         time_baseline_shrinks_the_gradient,
     ),
     Statement(
-        "the mean of an episode biases",
+        "an episode's mean as baseline biases",
         "first principles",
         "REINFORCE with baseline=mean, recursion; differs",
         mean_baseline_biases_the_gradient,
