@@ -14,7 +14,7 @@ from torch import Tensor
 from pgrl import functional, trust_region
 from pgrl.agents import npg, on_policy, reinforce, trpo
 from pgrl.distributions import Beta, Categorical, DiagGaussian
-from pgrl.theory import STATEMENTS, Statement, estimators, gradients, regions
+from pgrl.theory import STATEMENTS, Statement, estimators, gradients, natural
 from pgrl.theory.check import Check, at_least, differs, equal
 from pgrl.theory.mdp import episodes, objective, random_mdp, score_weighted, values
 
@@ -88,8 +88,8 @@ def scaled(by: float) -> Callable[[Any], Any]:
 
 def longer(right: Any) -> Any:
     def natural_step(*args: Any, **kwargs: Any) -> Any:
-        natural = right(*args, **kwargs)
-        return natural._replace(step=1.01 * natural.step)
+        found = right(*args, **kwargs)
+        return found._replace(step=1.01 * found.step)
 
     return natural_step
 
@@ -109,7 +109,7 @@ def stays_behind(right: Any) -> Any:
 
 
 def same_coordinates(right: Any) -> Any:
-    return lambda: [form._replace(forward=lambda x: 1.0 * x, other=form.theta) for form in right()]
+    return lambda: [form._replace(forward=lambda x: 1.0 * x) for form in right()]
 
 
 def count_one_more(right: Any) -> Any:
@@ -322,7 +322,7 @@ MUTATIONS = (
     ),
     Mutation(
         "one policy written in one way",
-        regions,
+        natural,
         "forms",
         same_coordinates,
         ("the plain gradient is not",),

@@ -1,6 +1,6 @@
 """The theorems behind the algorithms, checked on the library's own code without sampling noise where possible."""
 
-from pgrl.theory import estimators, gradients, regions, reinforce, scores
+from pgrl.theory import estimators, gradients, natural, regions, reinforce, scores
 from pgrl.theory.check import Check, Statement
 
 STATEMENTS: tuple[Statement, ...] = (
@@ -8,6 +8,7 @@ STATEMENTS: tuple[Statement, ...] = (
     *estimators.STATEMENTS,
     *reinforce.STATEMENTS,
     *gradients.STATEMENTS,
+    *natural.STATEMENTS,
     *regions.STATEMENTS,
 )
 
