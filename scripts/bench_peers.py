@@ -46,6 +46,7 @@ class Workload:
     peer: str  # module:class
     settings: Mapping[str, Any]  # of the peer's constructor
     target: float  # the ratio aimed at
+    policy_steps: int = 0  # gradient steps of an iteration that the peer takes without an optimiser
 
     @property
     def total_timesteps(self) -> int:
@@ -57,13 +58,16 @@ class Workload:
 PLAIN = """tuned=null algo.norm_obs=false algo.norm_reward=false algo.clip_reward=null algo.norm_value=false
 algo.anneal_lr=false algo.network.hidden_sizes=[64,64] algo.network.value_hidden_sizes=null
 algo.network.activation=tanh algo.network.shared=false algo.policy.distribution=gaussian
-algo.policy.state_dependent_std=false algo.policy.log_std_init=0 algo.gamma=0.99
-algo.max_grad_norm=0.5 algo.vf_coef=1.0"""
-PPO = f"""algo=ppo {PLAIN} algo.advantage=gae algo.gae_lambda=0.95 algo.norm_adv=minibatch
+algo.policy.state_dependent_std=false algo.policy.log_std_init=0 algo.gamma=0.99"""
+CLIPPED = f"{PLAIN} algo.max_grad_norm=0.5 algo.vf_coef=1.0"
+PPO = f"""algo=ppo {CLIPPED} algo.advantage=gae algo.gae_lambda=0.95 algo.norm_adv=minibatch
 algo.adam_eps=1e-5 algo.clip_coef=0.2 algo.vf_clip_coef=null algo.recompute_advantages=false
 algo.target_kl=null"""
-A2C = f"""algo=a2c {PLAIN} algo.advantage=gae algo.gae_lambda=1.0 algo.norm_adv=true
+A2C = f"""algo=a2c {CLIPPED} algo.advantage=gae algo.gae_lambda=1.0 algo.norm_adv=true
 algo.optimizer=rmsprop algo.opt_eps=1e-5 algo.rms_prop_alpha=0.99"""
+TRPO = f"""algo=trpo {PLAIN} algo.advantage=gae algo.gae_lambda=0.95 algo.norm_adv=true algo.max_kl=0.01
+algo.damping=0.1 algo.cg_steps=15 algo.fisher_fraction=1 algo.backtrack_factor=0.8 algo.backtrack_steps=10
+algo.accept_ratio=0 algo.adam_eps=1e-5 algo.max_grad_norm=null algo.vf_clip_coef=null"""
 WORKLOADS = (
     Workload(
         "ppo-halfcheetah-1",
@@ -99,6 +103,19 @@ WORKLOADS = (
         peer="stable_baselines3:A2C",
         settings=dict(n_steps=5, learning_rate=7e-4, ent_coef=0.0, normalize_advantage=True),
         target=2.0,
+    ),
+    Workload(
+        "trpo-halfcheetah-1",
+        "HalfCheetah-v4",
+        num_envs=1,
+        num_steps=2048,
+        iterations=22,
+        pgrl=f"""{TRPO} algo.num_steps=2048 algo.update_epochs=10 algo.num_minibatches=16
+        algo.value_learning_rate=1e-3""",
+        peer="sb3_contrib:TRPO",
+        settings=dict(n_steps=2048, batch_size=128, learning_rate=1e-3, n_critic_updates=10, cg_max_steps=15),
+        target=3.5,
+        policy_steps=1,
     ),
 )
 
@@ -191,7 +208,7 @@ def measure_peer(workload: Workload, seed: int, threads: int, folder: Path) -> d
 
     def train(model: Any, *rest: Any, **named: Any) -> None:
         algorithm.train(model, *rest, **named)
-        stamps.add(model.num_timesteps, gradient_steps)
+        stamps.add(model.num_timesteps, gradient_steps + workload.policy_steps * (len(stamps.rows) + 1))
 
     env = make_vec_env(workload.env, n_envs=workload.num_envs, seed=seed)
     stamped_algorithm = type(name, (algorithm,), {"train": train})
@@ -325,7 +342,7 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
         one = summary(results["workloads"][workload.name])
         for offset, side, colour in ((-0.18, "pgrl", BLUE), (0.18, "peer", "#b5b5b5")):
             sps = one[side]["sps"]
-            label = {"pgrl": "pgrl", "peer": "Stable-Baselines3"}[side] if place == 0 else None
+            label = {"pgrl": "pgrl", "peer": "Stable-Baselines3 and its contrib package"}[side] if place == 0 else None
             axes.barh(place + offset, sps, 0.34, color=colour, label=label)
             note = f" {sps:,.0f}" + (f"   {one['ratio']:.1f} ×" if side == "pgrl" else "")
             axes.text(sps, place + offset, note, va="center", fontsize=9, color="#222222")
@@ -355,7 +372,7 @@ def machine() -> dict[str, str]:
     """The machine and versions that the figures hold for."""
     from pgrl import __version__
 
-    packages = ("torch", "gymnasium", "mujoco", "stable-baselines3")
+    packages = ("torch", "gymnasium", "mujoco", "stable-baselines3", "sb3-contrib")
     versions = {package: version(package) for package in packages}
     return {"cpu": processor(), "python": platform.python_version(), "pgrl": __version__, **versions}
 

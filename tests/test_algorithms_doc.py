@@ -10,17 +10,23 @@ from typing import Any
 import pytest
 import yaml
 
-from pgrl.agents import A2CConfig, PPOConfig
-from pgrl.agents.on_policy import OnPolicyConfig
+from pgrl.agents import A2CConfig, NPGConfig, PPOConfig, REINFORCEConfig, TRPOConfig
+from pgrl.agents.critic import CriticConfig
+from pgrl.agents.on_policy import AdvantageConfig, OnPolicyConfig
 from pgrl.networks import NetworkConfig, PolicyConfig
 
 PAGE = (Path(__file__).parents[1] / "docs" / "algorithms.md").read_text(encoding="utf-8")
 HEADINGS: dict[str, type] = {
     "Every on-policy algorithm": OnPolicyConfig,
+    "Advantages": AdvantageConfig,
+    "A critic of its own": CriticConfig,
     "Networks: `algo.network.*`": NetworkConfig,
     "Policies: `algo.policy.*`": PolicyConfig,
     "PPO": PPOConfig,
     "A2C": A2CConfig,
+    "REINFORCE": REINFORCEConfig,
+    "NPG": NPGConfig,
+    "TRPO": TRPOConfig,
 }
 
 
@@ -33,7 +39,7 @@ def table(heading: str) -> dict[str, Any]:
 
 def defaults(cls: type) -> dict[str, Any]:
     """The keys and defaults of a config class that it does not merely inherit, without nested configs."""
-    inherited = {} if cls is OnPolicyConfig or not issubclass(cls, OnPolicyConfig) else defaults(OnPolicyConfig)
+    inherited = {key: value for base in cls.__mro__[1:-1] for key, value in defaults(base).items()}
     found = {}
     for f in fields(cls):
         value = f.default if f.default_factory is MISSING else f.default_factory()

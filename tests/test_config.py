@@ -326,9 +326,34 @@ COMMON = {
 }
 
 
-@pytest.mark.parametrize("experiment, family", ENGSTROM, ids=str)
-def test_engstrom_is_the_table_and_nothing_tuned_leaks_in(experiment: str, family: str, configs: Path) -> None:
-    keys = {k: v for k, v in schema.keys(RunConfig, schema.ALGOS["ppo"]).items() if k.startswith("algo.")}
+# init, value clip, KL, value rate, reward and obs clip, returns?, lambda
+ENGSTROM_TRPO = {
+    ("engstrom_trpo", "Walker2d"): ("xavier", None, 0.04, 3e-4, None, None, False, 0.95),
+    ("engstrom_trpo", "Hopper"): ("xavier", None, 0.13, 2e-4, None, None, False, 0.95),
+    ("engstrom_trpo", "Humanoid"): ("xavier", None, 0.07, 3e-4, None, None, False, 0.95),
+    ("engstrom_trpo_plus", "Walker2d"): ("orthogonal", None, 0.07, 1e-4, 10, 10, True, 0.95),
+    ("engstrom_trpo_plus", "Hopper"): ("orthogonal", None, 0.04, 2e-4, 10, 10, True, 0.95),
+    ("engstrom_trpo_plus", "Humanoid"): ("xavier", 0.2, 0.10, 5e-5, 10, 10, True, 0.85),
+}
+TRPO_COLUMNS = (
+    """network.init vf_clip_coef max_kl value_learning_rate clip_reward clip_obs norm_reward gae_lambda""".split()
+)
+COMMON_TRPO = {
+    **{key: value for key, value in COMMON.items() if key not in ("algo.norm_adv", "algo.clip_grad_per_network")},
+    "algo.fisher_fraction": 0.1,
+    "algo.cg_steps": 10,
+    "algo.damping": 0.1,
+    "algo.backtrack_factor": 0.5,
+    "algo.backtrack_steps": 10,
+    "algo.accept_ratio": 0.1,
+    "algo.anneal_lr": False,
+    "algo.max_grad_norm": None,
+}
+
+
+def add_hostile(configs: Path, algo: str, env: str) -> dict[str, Any]:
+    """Tuned settings that set every key to something strange; the algorithm's defaults by key."""
+    keys = {k: v for k, v in schema.keys(RunConfig, schema.ALGOS[algo]).items() if k.startswith("algo.")}
     hostile = {"int": 17, "float": 0.1234, "str": "x", "list[int]": [3]}
     lines: dict[str, Any] = {"num_envs": 17, "total_timesteps": 17}
     for key, (kind, default) in keys.items():
@@ -337,17 +362,40 @@ def test_engstrom_is_the_table_and_nothing_tuned_leaks_in(experiment: str, famil
         for parent in parents:
             place = place.setdefault(parent, {})
         place[name] = not default if kind == "bool" else hostile[kind.removesuffix(" | None")]
-    add(configs, f"tuned/ppo/{family}-v5", "# @package _global_\n" + yaml.safe_dump(lines))
+    add(configs, f"tuned/{algo}/{env}", "# @package _global_\n" + yaml.safe_dump(lines))
+    return {key: default for key, (_, default) in keys.items()}
 
+
+@pytest.mark.parametrize("experiment, family", ENGSTROM, ids=str)
+def test_engstrom_is_the_table_and_nothing_tuned_leaks_in(experiment: str, family: str, configs: Path) -> None:
+    defaults = add_hostile(configs, "ppo", f"{family}-v5")
     values = leaves([f"env={family}-v5", f"experiment={experiment}"])
     assert {key: values[key] for key in COMMON} == COMMON
     row = ENGSTROM[experiment, family]
     assert {key: values[f"algo.{key}"] for key in COLUMNS} == dict(zip(COLUMNS, row, strict=True))
     assert values["algo.clip_coef"] == (None if experiment.endswith("noclip") else 0.2)
     named = {*COMMON, "algo.clip_coef", *(f"algo.{key}" for key in COLUMNS)}
-    rest = {key: default for key, (_, default) in keys.items() if key not in named}
+    rest = {key: default for key, default in defaults.items() if key not in named}
     rest |= {"algo.network.body": "mlp", "algo.vf_coef": 2.0}  # their value loss is not halved
     assert {key: values[key] for key in rest} == rest
+
+
+@pytest.mark.parametrize("experiment, family", ENGSTROM_TRPO, ids=str)
+def test_engstrom_trpo_is_the_table_and_nothing_tuned_leaks_in(experiment: str, family: str, configs: Path) -> None:
+    defaults = add_hostile(configs, "trpo", f"{family}-v5")
+    values = leaves([f"env={family}-v5", f"experiment={experiment}"])
+    assert {key: values[key] for key in COMMON_TRPO} == COMMON_TRPO
+    row = ENGSTROM_TRPO[experiment, family]
+    assert {key: values[f"algo.{key}"] for key in TRPO_COLUMNS} == dict(zip(TRPO_COLUMNS, row, strict=True))
+    named = {*COMMON_TRPO, *(f"algo.{key}" for key in TRPO_COLUMNS)}
+    rest = {key: default for key, default in defaults.items() if key not in named} | {"algo.network.body": "mlp"}
+    assert {key: values[key] for key in rest} == rest
+
+
+def test_actor_critic_is_one_step_a2c() -> None:
+    values = leaves(["experiment=actor_critic", "env=CartPole-v1"])
+    assert values["algo.advantage"] == "td0" and values["algo.num_steps"] == 1
+    assert schema.algo_name(config.checked(["experiment=actor_critic", "env=Pendulum-v1"]).algo) == "a2c"
 
 
 @pytest.mark.parametrize("experiment", ["cleanrl_ppo", "cleanrl_ppo_discrete"])

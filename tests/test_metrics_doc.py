@@ -23,6 +23,8 @@ RUNS = {
         "algo.target_kl=0.5",
     ],
     "a2c": ["total_timesteps=640", "num_envs=4"],
+    "reinforce": ["total_timesteps=4000", "num_envs=2", "algo.num_steps=500", "algo.num_minibatches=2"],
+    **dict.fromkeys(("npg", "trpo"), ["total_timesteps=1024", "num_envs=2", "algo.num_steps=64"]),
 }
 COMMON = ["env=CartPole-v1", "log_every=128", "eval_every=256", "eval_episodes=2", "threads=1", "tensorboard=false"]
 

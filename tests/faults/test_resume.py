@@ -26,10 +26,20 @@ CASES = {
     "a2c-mujoco": ["algo=a2c", "env=HalfCheetah-v4", "total_timesteps=8000", "num_envs=4", "algo.num_steps=5"],
     "ppo-box2d": ["algo=ppo", "env=LunarLander-v3", "total_timesteps=16384", "num_envs=4", "algo.num_steps=128"],
     "a2c-box2d": ["algo=a2c", "env=LunarLander-v3", "total_timesteps=12000", "num_envs=4", "algo.num_steps=5"],
+    "reinforce-classic": ["algo=reinforce", "env=CartPole-v1", "total_timesteps=24000", "num_envs=2"],
+    "npg-mujoco": ["algo=npg", "env=HalfCheetah-v4", "total_timesteps=8192", "num_envs=2", "algo.num_steps=128"],
+    "trpo-classic": ["algo=trpo", "env=CartPole-v1", "total_timesteps=24576", "num_envs=4", "algo.num_steps=64"],
+    "trpo-mujoco": ["algo=trpo", "env=HalfCheetah-v4", "total_timesteps=8192", "num_envs=2", "algo.num_steps=128"],
+    "trpo-box2d": ["algo=trpo", "env=LunarLander-v3", "total_timesteps=16384", "num_envs=4", "algo.num_steps=128"],
 }
 COMMON = {
     "ppo": ["algo.update_epochs=4", "algo.num_minibatches=4", "algo.norm_obs=true", "algo.norm_reward=true"],
     "a2c": ["algo.norm_obs=true", "algo.norm_reward=true"],
+    "reinforce": ["algo.num_steps=500", "algo.num_minibatches=10", "algo.norm_obs=true", "algo.norm_reward=true"],
+    **dict.fromkeys(
+        ("npg", "trpo"),
+        ["algo.num_minibatches=4", "algo.norm_obs=true", "algo.norm_reward=true", "algo.fisher_fraction=0.5"],
+    ),
 }
 PERIODS = ["save_every=2000", "log_every=500", "seed=7", "threads=1", "tensorboard=false"]
 
@@ -116,7 +126,7 @@ def interrupted(run_dir: Path, args: list[str], kills: int, seed: int, longest: 
     return hits
 
 
-@pytest.mark.parametrize("case", ["ppo-classic", "a2c-box2d", "ppo-mujoco"])
+@pytest.mark.parametrize("case", ["ppo-classic", "a2c-box2d", "ppo-mujoco", "reinforce-classic", "trpo-mujoco"])
 def test_killed_run_resumes_bit_for_bit(case: str, tmp_path: Path) -> None:
     finish(start(*arguments(case), f"run_dir={tmp_path / 'whole'}"))
     hits = interrupted(tmp_path / "killed", arguments(case), 2, seed=1, longest=1.0, how=signal.SIGKILL)

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from textwrap import fill
 from typing import Any, NoReturn
 
 from hydra.core.hydra_config import HydraConfig
@@ -91,6 +92,11 @@ def main(argv: list[str] | None, job: Callable[[RunConfig], object]) -> None:
         command(sys.argv[1:] if argv is None else argv, job)
 
 
+def listed(group: str) -> str:
+    """The names of a group for the help page, in its second column."""
+    return fill(", ".join(names(group)), 84, subsequent_indent=" " * 20)
+
+
 @contextmanager
 def exit_codes() -> Iterator[None]:
     """Leave with the exit codes of the public contract: 2 after a user's mistake, 128 plus a signal's number."""
@@ -115,7 +121,7 @@ def command(argv: list[str], job: Callable[[RunConfig], object]) -> None:
     parser.add_argument("-m", "--multirun", action="store_true")
     options, words = parser.parse_known_args(argv)
     if options.help:
-        print(HELP % tuple(", ".join(names(group)) for group in ("algo", "experiment", "network")), end="")
+        print(HELP % tuple(listed(group) for group in ("algo", "experiment", "network")), end="")
     elif options.version:
         print(f"pgrl {version('pgrl')}")
     elif options.envs:
