@@ -22,7 +22,7 @@ LAYERS = (
     ("runs",),
     ("record",),
     ("config", "logger"),
-    ("checkpoint",),
+    ("checkpoint", "theory"),
     ("agents", "envs"),
     ("networks", "data", "optim"),
     ("flat", "functional", "trust_region", "distributions", "signals", "env_ids", "errors"),

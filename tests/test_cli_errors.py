@@ -24,7 +24,7 @@ WRONG = [
     ("env=CartPole", "env=CartPole", "did you mean CartPole-v1"),
     ("env=Hoper-v4", "env=Hoper-v4", "did you mean Hopper-v4"),
     ("env=no_such_package:Env-v0", "env=no_such_package:Env-v0", "No module named"),
-    ("experiment=engstrom", "experiment=engstrom", "must be cleanrl_ppo"),
+    ("experiment=engstrom", "experiment=engstrom", "must be actor_critic or cleanrl_ppo"),
     ("experiment=engstrom_ppo env=Ant-v4", "env=Ant-v4", "Hopper, Humanoid, Walker2d only"),
     ("algo=a2c experiment=engstrom_ppo env=Hopper-v4", "algo=a2c", "experiment=engstrom_ppo sets"),
     ("tuned=ppo/Nothing", "tuned=ppo/Nothing", "no tuned settings"),

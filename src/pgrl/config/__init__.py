@@ -32,13 +32,24 @@ from pgrl.config.schema import EvaluateConfig, RunConfig, config_dir
 from pgrl.errors import UserError
 from pgrl.signals import Stop
 
-__all__ = ["EvaluateConfig", "RunConfig", "compose", "config_dir", "evaluate_main", "load_run", "main", "new_run_dir"]
+__all__ = [
+    "EvaluateConfig",
+    "RunConfig",
+    "compose",
+    "config_dir",
+    "evaluate_main",
+    "load_run",
+    "main",
+    "new_run_dir",
+    "verify_main",
+]
 
-TRAIN, EVALUATE = "python -m pgrl.train", "python -m pgrl.evaluate"
+TRAIN, EVALUATE, VERIFY = "python -m pgrl.train", "python -m pgrl.evaluate", "python -m pgrl.verify"
 HELP = f"""\
 {TRAIN} [algo=NAME] [env=ID] [key=value ...]      train
 {TRAIN} resume=RUN_DIR [total_timesteps=N]        continue a stopped run, or make one longer
 {EVALUATE} run=RUN_DIR [episodes=20]           play without exploring
+{VERIFY}                                        check the theorems
 
   {TRAIN} algo=ppo env=CartPole-v1
   {TRAIN} algo=ppo env=HalfCheetah-v5 total_timesteps=2000000 seed=3
@@ -339,3 +350,20 @@ def evaluation(words: Sequence[str]) -> EvaluateConfig:
     if problems:
         raise Wrong(*problems)
     return config
+
+
+# ------------------------------------------------------------------------------------------------------- verification
+
+
+def verify_main(argv: list[str] | None, job: Callable[[Sequence[str]], bool]) -> None:
+    """The command line of `python -m pgrl.verify`; leaves with exit code 1 where `job` finds that something fails."""
+    words = sys.argv[1:] if argv is None else argv
+    with exit_codes():
+        if "--help" in words or "-h" in words:
+            print(f"{VERIFY} [WORD ...]    check the theorems, or those whose line has one of the words")
+            return
+        for text in words:
+            if text.startswith("-"):
+                raise UserError(f"{text}: there is no such option.\nTry: {VERIFY} --help")
+        if not job(words):
+            raise SystemExit(1)
