@@ -89,6 +89,7 @@ SUITES = (
     Suite("a2c-cartpole", "a2c", "CartPole-v1", 500_000, 500, 500, ZOO_500K),
     Suite("a2c-halfcheetah", "a2c", "HalfCheetah-v4", 1_000_000, 1900, 1936, BEST, extra=("compile=true",)),
     Suite("reinforce-cartpole", "reinforce", "CartPole-v1", 200_000, 480, 483, "Tianshou, 200k"),
+    Suite("a3c-cartpole", "a3c", "CartPole-v1", 500_000, 475, 500, ZOO_500K + ", A2C"),
     Suite("npg-hopper", "npg", "Hopper-v4", 1_000_000, 1900, 1915, BEST, extra=("compile=true",)),
     Suite("npg-halfcheetah", "npg", "HalfCheetah-v4", 1_000_000, 3400, 3476, BEST, extra=("compile=true",)),
     Suite("trpo-cartpole", "trpo", "CartPole-v1", 100_000, 500, 500, ZOO_100K),
