@@ -1,4 +1,4 @@
-"""Measure pgrl against Stable-Baselines3 (the `bench` extra) at equal work.
+"""Measure pgrl against Stable-Baselines3 and its contrib package (the `bench` extra), and Tianshou, at equal work.
 
     python scripts/bench_peers.py                              every workload, 5 pairs each
     python scripts/bench_peers.py ppo-cartpole --pairs 10      one of them, 10 pairs
@@ -9,7 +9,9 @@ clipping; no normalisation of observations or rewards, no learning-rate decay, n
 Every measurement is a fresh process. Both sides are stamped in the same place, at the return of each
 update, with wall and CPU time; the first two iterations are dropped. Env steps and gradient steps are
 counted on both sides and must be equal. The order is A B B A; the result is the median over pairs of the
-ratio of steps per second. Leave the machine alone while this runs.
+ratio of steps per second. Leave the machine alone while this runs. Where pgrl compiles its gradient steps,
+that happens in the dropped iterations; their seconds are in peers.json. Tianshou pins packages that pgrl's
+own tools need newer: install it in an environment of its own (pip install tianshou), beside pgrl.
 """
 
 import argparse
@@ -21,10 +23,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, SupportsInt
 
@@ -45,7 +49,7 @@ class Workload:
     pgrl: str  # overrides of pgrl.train
     peer: str  # module:class
     settings: Mapping[str, Any]  # of the peer's constructor
-    target: float  # the ratio aimed at
+    target: float | None  # the ratio aimed at; None: only reported
     policy_steps: int = 0  # gradient steps of an iteration that the peer takes without an optimiser
 
     @property
@@ -65,9 +69,8 @@ algo.adam_eps=1e-5 algo.clip_coef=0.2 algo.vf_clip_coef=null algo.recompute_adva
 algo.target_kl=null"""
 A2C = f"""algo=a2c {CLIPPED} algo.advantage=gae algo.gae_lambda=1.0 algo.norm_adv=true
 algo.optimizer=rmsprop algo.opt_eps=1e-5 algo.rms_prop_alpha=0.99"""
-TRPO = f"""algo=trpo {PLAIN} algo.advantage=gae algo.gae_lambda=0.95 algo.norm_adv=true algo.max_kl=0.01
-algo.damping=0.1 algo.cg_steps=15 algo.fisher_fraction=1 algo.backtrack_factor=0.8 algo.backtrack_steps=10
-algo.accept_ratio=0 algo.adam_eps=1e-5 algo.max_grad_norm=null algo.vf_clip_coef=null"""
+NATURAL = f"""algo=trpo {PLAIN} algo.advantage=gae algo.gae_lambda=0.95 algo.norm_adv=true algo.damping=0.1
+algo.fisher_fraction=1 algo.adam_eps=1e-5 algo.max_grad_norm=null algo.vf_clip_coef=null compile=true"""
 WORKLOADS = (
     Workload(
         "ppo-halfcheetah-1",
@@ -110,12 +113,37 @@ WORKLOADS = (
         num_envs=1,
         num_steps=2048,
         iterations=22,
-        pgrl=f"""{TRPO} algo.num_steps=2048 algo.update_epochs=10 algo.num_minibatches=16
+        pgrl=f"""{NATURAL} algo.max_kl=0.01 algo.cg_steps=15 algo.backtrack_factor=0.8 algo.backtrack_steps=10
+        algo.accept_ratio=0 algo.num_steps=2048 algo.update_epochs=10 algo.num_minibatches=16
         algo.value_learning_rate=1e-3""",
         peer="sb3_contrib:TRPO",
         settings=dict(n_steps=2048, batch_size=128, learning_rate=1e-3, n_critic_updates=10, cg_max_steps=15),
         target=3.5,
         policy_steps=1,
+    ),
+    Workload(
+        "npg-halfcheetah-16",
+        "HalfCheetah-v4",
+        num_envs=16,
+        num_steps=64,
+        iterations=42,
+        pgrl=f"""{NATURAL.replace("trpo", "npg")} algo.max_kl=null algo.step_size=0.1 algo.cg_steps=10 algo.num_steps=64
+        algo.update_epochs=20 algo.num_minibatches=1 algo.value_learning_rate=1e-3""",
+        peer="tianshou.algorithm:NPG",
+        settings=dict(optim_critic_iters=20, trust_region_size=0.1, learning_rate=1e-3),
+        target=None,
+        policy_steps=1,
+    ),
+    Workload(
+        "reinforce-cartpole",
+        "CartPole-v1",
+        num_envs=4,
+        num_steps=500,
+        iterations=42,
+        pgrl=f"algo=reinforce {PLAIN} algo.baseline=null algo.num_steps=500 algo.learning_rate=1e-2",
+        peer="tianshou.algorithm:Reinforce",
+        settings=dict(learning_rate=1e-2),
+        target=None,
     ),
 )
 
@@ -127,6 +155,7 @@ class Stamps:
     """The clock of one side: env steps, gradient steps, wall and CPU seconds at the return of each update."""
 
     def __init__(self) -> None:
+        self.began = time.perf_counter()
         self.rows: list[tuple[int, SupportsInt, float, float]] = []
 
     def add(self, env_steps: int, gradient_steps: SupportsInt) -> None:
@@ -139,6 +168,7 @@ class Stamps:
             "iterations": len(self.rows),
             "env_steps": steps1,
             "gradient_steps": int(updates),
+            "dropped_seconds": wall0 - self.began,
             "sps": (steps1 - steps0) / (wall1 - wall0),
             "steps_per_cpu_second": (steps1 - steps0) / (cpu1 - cpu0),
             "return": reached,
@@ -170,7 +200,7 @@ def measure_pgrl(workload: Workload, seed: int, threads: int, folder: Path) -> d
     quiet = "eval_every=null save_every=null tensorboard=false"
     run_dir = pgrl.run(f"{size} {run} {quiet} {workload.pgrl}".split())
     returns = [row["charts/episodic_return_100"] for row in read_rows(run_dir) if "charts/episodic_return_100" in row]
-    return stamps.result(float(returns[-1]))
+    return stamps.result(float(returns[-1]) if returns else 0.0)
 
 
 def stamped(update: Callable[..., Any], stamps: Stamps) -> Callable[..., Any]:
@@ -218,6 +248,68 @@ def measure_peer(workload: Workload, seed: int, threads: int, folder: Path) -> d
     return stamps.result(sum(returns) / max(len(returns), 1))
 
 
+def measure_tianshou(workload: Workload, seed: int, threads: int, folder: Path) -> dict[str, float]:
+    """Train with Tianshou's collector and update; networks as pgrl's, the rest as `settings` and its defaults say."""
+    import gymnasium
+    import torch
+    from tianshou.algorithm.algorithm_base import policy_within_training_step
+    from tianshou.algorithm.modelfree.reinforce import ProbabilisticActorPolicy
+    from tianshou.algorithm.optim import AdamOptimizerFactory
+    from tianshou.data import Collector, VectorReplayBuffer
+    from tianshou.env import DummyVectorEnv
+    from tianshou.utils.net.common import Net
+    from tianshou.utils.net.continuous import ContinuousActorProbabilistic, ContinuousCritic
+    from tianshou.utils.net.discrete import DiscreteActor
+    from torch.distributions import Categorical, Independent, Normal
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    del folder  # it writes nothing
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    gradient_steps = 0
+
+    def count(*_: object) -> None:
+        nonlocal gradient_steps
+        gradient_steps += 1
+
+    register_optimizer_step_post_hook(count)
+    env = DummyVectorEnv([lambda: gymnasium.make(workload.env) for _ in range(workload.num_envs)])
+    env.seed(seed)
+    space, actions = env.observation_space[0], env.action_space[0]
+
+    def net() -> Any:
+        return Net(state_shape=space.shape, hidden_sizes=[64, 64], activation=torch.nn.Tanh)
+
+    settings = dict(workload.settings)
+    settings["optim"] = AdamOptimizerFactory(lr=settings.pop("learning_rate"))
+    if isinstance(actions, gymnasium.spaces.Box):
+        actor = ContinuousActorProbabilistic(preprocess_net=net(), action_shape=actions.shape, unbounded=True)
+        policy = ProbabilisticActorPolicy(
+            actor=actor, dist_fn=lambda both: Independent(Normal(*both), 1), action_space=actions
+        )
+        settings["critic"] = ContinuousCritic(preprocess_net=net())
+    else:
+        actor = DiscreteActor(preprocess_net=net(), action_shape=actions.n, softmax_output=False)
+        policy = ProbabilisticActorPolicy(
+            actor=actor, dist_fn=lambda logits: Categorical(logits=logits), action_space=actions, action_scaling=False
+        )
+    module, _, name = workload.peer.partition(":")
+    algorithm = getattr(import_module(module), name)(policy=policy, **settings)
+    rollout = workload.num_envs * workload.num_steps
+    collector = Collector(algorithm, env, VectorReplayBuffer(rollout, workload.num_envs))
+    collector.reset()
+    stamps, env_steps, returns = Stamps(), 0, deque[float](maxlen=100)
+    for iteration in range(1, workload.iterations + 1):
+        with policy_within_training_step(policy):
+            collected = collector.collect(n_step=rollout)
+            algorithm.update(buffer=collector.buffer, batch_size=None, repeat=1)
+        collector.reset_buffer(keep_statistics=True)
+        env_steps += collected.n_collected_steps
+        returns.extend(map(float, collected.returns))
+        stamps.add(env_steps, gradient_steps + workload.policy_steps * iteration)
+    return stamps.result(sum(returns) / max(len(returns), 1))
+
+
 def first_step(workload: Workload, started: float, folder: Path) -> None:
     """Run `pgrl.train` as `python -m` does, and print the seconds from `started` to the first env step."""
     import runpy
@@ -259,7 +351,8 @@ def child_main(side: str, name: str, iterations: str, seed: str, threads: str, f
     if side == "start":
         first_step(workload, float(at), Path(folder))
         return
-    measure = measure_pgrl if side == "pgrl" else measure_peer
+    peer = measure_tianshou if workload.peer.startswith("tianshou") else measure_peer
+    measure = measure_pgrl if side == "pgrl" else peer
     print(json.dumps(measure(workload, int(seed), int(threads), Path(folder))))
 
 
@@ -312,10 +405,11 @@ def table(results: Mapping[str, Any]) -> str:
             continue
         one = summary(results["workloads"][workload.name])
         low, high = one["interval"]
+        aim = "–" if workload.target is None else f"{workload.target:g}"
         both = {key: " / ".join(f"{one[side][key]:,.0f}" for side in SIDES) for key in one["pgrl"]}
         lines.append(
             f"| {workload.name} | {workload.peer.replace(':', '.')} | {both['sps']} "
-            f"| **{one['ratio']:.2f}** [{low:.2f}, {high:.2f}] | {workload.target:g} "
+            f"| **{one['ratio']:.2f}** [{low:.2f}, {high:.2f}] | {aim} "
             f"| {both['steps_per_cpu_second']} | {both['return']} | {both['memory_mb']} "
             f"| {one['pgrl']['env_steps']:,.0f} | {one['pgrl']['gradient_steps']:,.0f} |\n"
         )
@@ -342,7 +436,11 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
         one = summary(results["workloads"][workload.name])
         for offset, side, colour in ((-0.18, "pgrl", BLUE), (0.18, "peer", "#b5b5b5")):
             sps = one[side]["sps"]
-            label = {"pgrl": "pgrl", "peer": "Stable-Baselines3 and its contrib package"}[side] if place == 0 else None
+            label = (
+                {"pgrl": "pgrl", "peer": "Stable-Baselines3, its contrib package, Tianshou"}[side]
+                if place == 0
+                else None
+            )
             axes.barh(place + offset, sps, 0.34, color=colour, label=label)
             note = f" {sps:,.0f}" + (f"   {one['ratio']:.1f} ×" if side == "pgrl" else "")
             axes.text(sps, place + offset, note, va="center", fontsize=9, color="#222222")
@@ -372,9 +470,13 @@ def machine() -> dict[str, str]:
     """The machine and versions that the figures hold for."""
     from pgrl import __version__
 
-    packages = ("torch", "gymnasium", "mujoco", "stable-baselines3", "sb3-contrib")
-    versions = {package: version(package) for package in packages}
+    packages = ("torch", "gymnasium", "mujoco", "stable-baselines3", "sb3-contrib", "tianshou")
+    versions = {package: version(package) for package in packages if find_spec(package.replace("-", "_"))}
     return {"cpu": processor(), "python": platform.python_version(), "pgrl": __version__, **versions}
+
+
+def installed(workload: Workload) -> bool:
+    return find_spec(workload.peer.partition(":")[0].partition(".")[0]) is not None
 
 
 def find(name: str) -> Workload:
@@ -406,7 +508,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results |= json.loads(path.read_text())
     if not options.report:
         options.results.mkdir(parents=True, exist_ok=True)
-        workloads = [find(name) for name in options.workloads] or list(WORKLOADS)
+        workloads = [find(name) for name in options.workloads] or [w for w in WORKLOADS if installed(w)]
+        for workload in workloads:
+            if not installed(workload):
+                raise SystemExit(
+                    f"{workload.name} needs {workload.peer}: pip install {workload.peer.partition('.')[0]}"
+                )
         results["machine"] = machine()
         results["starts"] = [child("start", WORKLOADS[0], 0, 1)["seconds"] for _ in range(options.starts)]
         print("seconds to the first env step:", *(f"{start:.1f}" for start in results["starts"]), flush=True)

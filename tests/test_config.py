@@ -399,6 +399,12 @@ def test_engstrom_trpo_is_the_table_and_nothing_tuned_leaks_in(experiment: str, 
     assert {key: values[key] for key in rest} == rest
 
 
+def test_minibatches_matter_where_there_is_a_critic() -> None:
+    config.checked(["algo=reinforce", "env=Acrobot-v1", "algo.num_steps=501", "algo.baseline=null"])
+    with pytest.raises(Wrong, match="num_minibatches"):
+        config.checked(["algo=reinforce", "env=Acrobot-v1", "algo.num_steps=501"])
+
+
 def test_actor_critic_is_one_step_a2c() -> None:
     values = leaves(["experiment=actor_critic", "env=CartPole-v1"])
     assert values["algo.advantage"] == "td0" and values["algo.num_steps"] == 1

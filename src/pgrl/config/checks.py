@@ -162,7 +162,7 @@ def wrong_together(config: RunConfig) -> Iterator[Problem]:
     num_steps = algo.get("num_steps", 1)
     rollout = num_steps * config.num_envs
     size = f"num_steps * num_envs = {num_steps} * {config.num_envs} = {rollout}"
-    parts = algo.get("num_minibatches", 1)
+    parts = algo.get("num_minibatches", 1) if values_states(config.algo) else 1
     normalised = algo.get("norm_adv")
     least = 2 if normalised == "minibatch" else 1  # transitions of a minibatch
 
@@ -207,7 +207,7 @@ def wrong_episodes(config: RunConfig) -> Iterator[Problem]:
     num_steps = vars(config.algo).get("num_steps", 1)
     if "baseline" in vars(config.algo) and limit is not None and num_steps < limit:
         why = f"may hold no whole episode of {config.env.id}, which can take {limit} steps, and REINFORCE needs one"
-        parts = vars(config.algo)["num_minibatches"]
+        parts = vars(config.algo)["num_minibatches"] if values_states(config.algo) else 1
         fitting = next(n for n in range(limit, 2 * limit + parts) if n * config.num_envs % parts == 0)
         yield Problem("algo.num_steps", num_steps, why, (f"algo.num_steps={fitting}",))
 
