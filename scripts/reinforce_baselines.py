@@ -147,7 +147,8 @@ def plot(rows: Sequence[dict[str, Any]], results: Path, path: Path) -> None:
     left.set_xlabel("environment steps", fontsize=9)
     left.set_ylabel(f"return of a training episode, {ENV}", fontsize=9)
     left.xaxis.set_major_formatter(lambda value, _: short(value))
-    left.legend(fontsize=8, frameon=False, title="baseline=", title_fontsize=8)
+    if left.lines:
+        left.legend(fontsize=8, frameon=False, title="baseline=", title_fontsize=8)
     for place, (baseline, colour) in enumerate(zip(BASELINES, COLOURS, strict=True)):
         share = ratios(rows, baseline)
         right.barh(place, np.mean(share), 0.6, color=colour)

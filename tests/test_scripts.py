@@ -24,6 +24,8 @@ from pgrl.evaluate import bootstrap_interval, iqm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 benchmark: Any = importlib.import_module("benchmark")
 bench_peers: Any = importlib.import_module("bench_peers")
+bench_fisher: Any = importlib.import_module("bench_fisher")
+reinforce_baselines: Any = importlib.import_module("reinforce_baselines")
 plot_curves: Any = importlib.import_module("plot_curves")
 
 FAKE = """
@@ -355,3 +357,25 @@ def test_tables_and_pictures_of_what_was_measured(tmp_path: Path) -> None:
     curves = plot_curves.Curves("PPO", steps, returns, np.array([5.0, 9.0]), 8.0)
     plot_curves.plot_grid([curves, curves], tmp_path / "grid.png", columns=1)
     assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in ("peers", "grid"))
+
+
+# ------------------------------------------------------------------------------------------- Fisher, baselines
+
+
+def test_the_fisher_benchmark_times_three_things(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_fisher.main(["--rows", "8", "--rounds", "1"]) == 0
+    assert capsys.readouterr().out.count("passes") == 3
+    _, product, twice = (run() for run in bench_fisher.passes(64).values())
+    torch.testing.assert_close(product, torch.cat([x.flatten() for x in twice]), rtol=1e-3, atol=1e-5)
+
+
+def test_baselines_are_measured_on_the_same_rollouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reinforce_baselines, "TRAINED", 2000)
+    results = ["--results", str(tmp_path), "--pictures", str(tmp_path)]
+    assert reinforce_baselines.main(["--seeds", "1", "--rollouts", "2", *results]) == 0
+    rows = reinforce_baselines.read(tmp_path / "reinforce-baselines.csv")
+    assert [row["baseline"] for row in rows] == [reinforce_baselines.name(b) for b in reinforce_baselines.BASELINES]
+    assert all(float(row["variance"]) > 0 for row in rows)
+    assert reinforce_baselines.ratios(rows, None) == [1.0]
+    assert len((tmp_path / "reinforce-baselines.md").read_text().splitlines()) == 9
+    assert (tmp_path / "reinforce-baselines.png").stat().st_size > 5000
