@@ -360,12 +360,12 @@ def test_statistics_change_last(cls: type) -> None:
     train(agent, "box", range(1))
     before = agent.obs_norm.mean.clone()
     seen: list[Tensor] = []
-    Spy(agent, lambda *_: seen.append(agent.obs_norm.mean.clone()))
+    Spy(agent if hasattr(agent, "step") else agent.critic, lambda *_: seen.append(agent.obs_norm.mean.clone()))
     rollout = play(agent, "box", seed=1)
     assert torch.equal(agent.obs_norm.mean, before)  # acting learns nothing
     agent.update(rollout, 0.1)
     assert seen and all(torch.equal(mean, before) for mean in seen)
-    assert agent.obs_norm.count == 2 * 16 * ENVS
+    assert agent.obs_norm.count == 2 * agent.num_steps * ENVS
     everything = torch.cat([play(make(cls, {"norm_obs": True}), "box", seed=0).obs, rollout.obs]).double()
     torch.testing.assert_close(agent.obs_norm.mean, everything.flatten(0, 1).mean(0))
 
@@ -519,7 +519,7 @@ def test_value_normalisation_preserves_outputs() -> None:
 # --- schedules ---
 
 
-@pytest.mark.parametrize("cls", AGENTS)
+@pytest.mark.parametrize("cls", [REINFORCEConfig, A2CConfig, A3CConfig, PPOConfig])
 def test_learning_rate_is_annealed(cls: type) -> None:
     for anneal, progress in itertools.product([True, False], [0.0, 0.25, 0.9]):
         agent = make(cls, {"anneal_lr": anneal})
@@ -528,6 +528,17 @@ def test_learning_rate_is_annealed(cls: type) -> None:
         metrics = agent.update(play(agent, "box", seed=0), progress)
         expected = 1e-2 * (1 - progress if anneal else 1)
         assert all(lr == pytest.approx(expected) for lr in [*lrs, float(metrics["charts/learning_rate"])])
+
+
+@pytest.mark.parametrize("cls", [REINFORCEConfig, NPGConfig, TRPOConfig])
+def test_the_critics_learning_rate_is_annealed(cls: type) -> None:
+    for anneal, progress in itertools.product([True, False], [0.0, 0.25]):
+        agent = make(cls, {"anneal_lr": anneal, "value_learning_rate": 1e-2})
+        spy_lrs: list[float] = []
+        Spy(agent.critic, lambda _, lr, __: spy_lrs.append(float(lr)))  # noqa: B023
+        metrics = agent.update(play(agent, "box", seed=0), progress)
+        expected = 1e-2 * (1 - progress if anneal else 1)
+        assert all(lr == pytest.approx(expected) for lr in [*spy_lrs, float(metrics["charts/value_learning_rate"])])
 
 
 def test_schedules_of_ppo() -> None:
@@ -835,6 +846,7 @@ FLIPS: dict[type, dict[str, Flip]] = {
     },
     A3CConfig: {
         **SHARED_FLIPS,
+        **GRADIENT_FLIPS,
         "norm_adv": flip(True),
         "rms_prop_alpha": flip(0.5),
         "opt_eps": flip(0.1),
