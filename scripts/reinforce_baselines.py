@@ -148,7 +148,8 @@ def plot(rows: Sequence[dict[str, Any]], results: Path, path: Path) -> None:
     left.set_ylabel(f"return of a training episode, {ENV}", fontsize=9)
     left.xaxis.set_major_formatter(lambda value, _: short(value))
     if left.lines:
-        left.legend(fontsize=8, frameon=False, title="baseline=", title_fontsize=8)
+        handles = left.get_legend_handles_labels()
+        figure.legend(*handles, loc="outside lower center", ncols=7, fontsize=8, frameon=False)
     for place, (baseline, colour) in enumerate(zip(BASELINES, COLOURS, strict=True)):
         share = ratios(rows, baseline)
         right.barh(place, np.mean(share), 0.6, color=colour)
@@ -158,7 +159,7 @@ def plot(rows: Sequence[dict[str, Any]], results: Path, path: Path) -> None:
     right.invert_yaxis()
     right.set_xscale("log")
     right.margins(x=0.2)
-    right.set_xlabel("variance of the gradient, share of that without a baseline", fontsize=9)
+    right.set_xlabel("variance of the gradient (1 without a baseline)", fontsize=9)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8, colors=GREY)
