@@ -146,8 +146,10 @@ def test_line_search_takes_the_first_good_point(improvements: list[float], kls: 
     search = line_search(try_step, 1.0, max_kl=1.0, factor=0.5, tries=3, accept_ratio=0.1)
     assert search.fraction == fraction and tried[-1] == fraction
     assert tried[: len(improvements)] == [0.5**k for k in range(len(improvements))]
-    assert search.last == (Trial(torch.tensor(0.0), torch.tensor(0.0)) if not fraction else search.last)
-    assert float(search.last.kl) <= 1.0 and float(search.last.improvement) >= 0.0
+    k = tried.index(fraction)
+    expected = (0.0, 0.0) if fraction == 0.0 else (improvements[k], kls[k])
+    assert tuple(map(float, search.last)) == pytest.approx(expected)
+    assert float(search.first.kl) == pytest.approx(kls[0], nan_ok=True)
 
 
 def test_flat_parameters_are_views() -> None:

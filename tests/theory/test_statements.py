@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from pgrl import functional, trust_region
-from pgrl.agents import npg, on_policy, reinforce, trpo
+from pgrl.agents import natural as natural_agents
+from pgrl.agents import on_policy, reinforce, trpo
 from pgrl.distributions import Beta, Categorical, DiagGaussian
 from pgrl.theory import STATEMENTS, Statement, estimators, gradients, natural
 from pgrl.theory.check import Check, at_least, differs, equal
@@ -329,7 +330,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a step 1 % too long",
-        npg,
+        natural_agents,
         "natural_step",
         longer,
         ("NPG's step is the natural gradient's", "NPG's KL is max_kl to second order"),

@@ -7,7 +7,6 @@ or of a fixed size. `algo=trpo` searches along the same direction. The code-leve
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,12 +14,11 @@ from torch import Tensor
 from pgrl import functional
 from pgrl.agents.base import Agent, Setting, generator
 from pgrl.agents.critic import Critic, CriticConfig
+from pgrl.agents.natural import Batch, Surrogate
 from pgrl.agents.on_policy import AdvantageConfig, make_normalisers, prepare, targets
 from pgrl.data import NoiseStream, Transition, flatten_time
-from pgrl.distributions import Distribution, detached
-from pgrl.flat import FlatParameters, flatten
+from pgrl.flat import FlatParameters
 from pgrl.networks import ActorCritic
-from pgrl.trust_region import FisherProduct, natural_step
 
 
 @dataclass
@@ -37,14 +35,6 @@ class NPGConfig(AdvantageConfig, CriticConfig):
     fisher_fraction: float = 1.0  # share of the rollout that the Fisher matrix is taken on
     norm_adv: bool = True  # advantages of a rollout to mean 0, std 1; Rajeswaran et al. 2017, section 4
     ent_coef: float = 0.0  # weight of the entropy bonus
-
-
-class Batch(NamedTuple):
-    """A rollout as the surrogate takes it; [T, B, ...], then [N, ...]."""
-
-    obs: Tensor
-    action: Tensor
-    advantage: Tensor
 
 
 class NPG(Agent):
@@ -86,37 +76,18 @@ class NPG(Agent):
         """One step of the policy on a rollout [N, ...], `scale` times the configured radius or size."""
         config, policy = self.config, self.policy
         policy.check()
-        distribution = self.net.policy(batch.obs)
-        old = detached(distribution)
-        old_log_prob = old.log_prob(batch.action)
-        before = self.surrogate(distribution, batch, old_log_prob)
-        gradient = flatten(torch.autograd.grad(before, policy.parameters, retain_graph=True))
-        if config.fisher_fraction < 1.0:
-            rows = torch.randperm(len(batch.obs), generator=self.rows, device=batch.obs.device)
-            distribution = self.net.policy(batch.obs[rows[: max(1, round(config.fisher_fraction * len(rows)))]])
-        natural = natural_step(
-            gradient,
-            FisherProduct(distribution, policy.parameters),
-            max_kl=None if config.max_kl is None else config.max_kl * scale,
-            step_size=config.step_size * scale,
-            damping=config.damping,
-            iterations=config.cg_steps,
-            tolerance=config.cg_tolerance,
+        surrogate = Surrogate(self.net, batch, config.ent_coef)
+        max_kl = None if config.max_kl is None else config.max_kl * scale
+        before, natural = surrogate.natural_step(
+            policy, config, self.rows, max_kl=max_kl, step_size=config.step_size * scale
         )
-        with torch.no_grad():
-            policy.vector.add_(natural.step)
-            new = self.net.policy(batch.obs)
-            improvement = self.surrogate(new, batch, old_log_prob) - before
+        policy.vector.add_(natural.step)
+        after, kl = surrogate.now()
         return {
-            "losses/policy_loss": -before.detach(),
-            "losses/entropy": old.entropy().mean(),
+            "losses/policy_loss": -before,
+            "losses/entropy": surrogate.old.entropy().mean(),
             "losses/predicted_improvement": natural.predicted,
-            "losses/actual_improvement": improvement,
-            "losses/kl": old.kl(detached(new)).mean(),
+            "losses/actual_improvement": after - before,
+            "losses/kl": kl,
             "losses/cg_residual": natural.residual,
         }
-
-    def surrogate(self, distribution: Distribution, batch: Batch, old_log_prob: Tensor) -> Tensor:
-        """What an update is to raise, []: E[ratio * A] and the entropy bonus."""
-        log_ratio = distribution.log_prob(batch.action) - old_log_prob
-        return self.config.ent_coef * distribution.entropy().mean() - functional.ppo_loss(log_ratio, batch.advantage)

@@ -110,12 +110,19 @@ def targets(
         config.gae_lambda,
         config.n_step,
     )
-    returns = advantage + value
-    if value_norm is not None:
-        if first:
-            update_value_norm(value_norm, net.value_head, returns)
-        value, returns = value_norm(value), value_norm(returns)
+    value, returns = normalised(value_norm, net, value, advantage + value, first=first)
     return Targets(value, advantage, returns)
+
+
+def normalised(
+    value_norm: RunningNorm | None, net: ActorCritic, value: Tensor, returns: Tensor, *, first: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Values and returns [T, B] in the units the critic learns; the statistics learn from these returns if `first`."""
+    if value_norm is None:
+        return value, returns
+    if first:
+        update_value_norm(value_norm, net.value_head, returns)
+    return value_norm(value), value_norm(returns)
 
 
 def ends(config: OnPolicyConfig, rollout: Transition) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from pgrl import functional
 from pgrl.agents.base import Agent, Setting, generator
 from pgrl.agents.critic import Critic, CriticConfig
-from pgrl.agents.on_policy import OnPolicyConfig, ends, make_normalisers, prepare, update_value_norm, values
+from pgrl.agents.on_policy import OnPolicyConfig, ends, make_normalisers, normalised, prepare, values
 from pgrl.data import NoiseStream, Transition
 from pgrl.errors import UserError
 from pgrl.flat import flatten, gradients_of_rows
@@ -91,9 +91,7 @@ class REINFORCE(Agent):
             value, next_value = values(self.net, self.value_norm, rollout, terminated)
             returns = self.returns(rollout, next_value, terminated)
             advantage = returns - value
-            if self.value_norm is not None:
-                update_value_norm(self.value_norm, self.net.value_head, returns)
-                value, returns = self.value_norm(value), self.value_norm(returns)
+            value, returns = normalised(self.value_norm, self.net, value, returns)
             metrics = self.critic.fit(rollout.obs, value, returns, progress)
         else:
             returns = self.returns(rollout, torch.zeros_like(rollout.reward), rollout.terminated)

@@ -8,7 +8,6 @@ of PPO apply here too: "TRPO+" of Engstrom et al. 2020 (arXiv 2005.12729) is `ex
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,12 +15,12 @@ from torch import Tensor
 from pgrl import functional
 from pgrl.agents.base import Agent, Setting, generator
 from pgrl.agents.critic import Critic, CriticConfig
+from pgrl.agents.natural import Batch, Surrogate
 from pgrl.agents.on_policy import AdvantageConfig, make_normalisers, prepare, targets
 from pgrl.data import NoiseStream, Transition, flatten_time
-from pgrl.distributions import Distribution, detached
-from pgrl.flat import FlatParameters, flatten
+from pgrl.flat import FlatParameters
 from pgrl.networks import ActorCritic
-from pgrl.trust_region import FisherProduct, Trial, line_search, natural_step
+from pgrl.trust_region import Trial, line_search
 
 
 @dataclass
@@ -40,14 +39,6 @@ class TRPOConfig(AdvantageConfig, CriticConfig):
     accept_ratio: float = 0.1  # least share of the predicted improvement; Engstrom et al. 2020, appendix A.1
     norm_adv: bool = True  # advantages of a rollout to mean 0, std 1
     ent_coef: float = 0.0  # weight of the entropy bonus in the surrogate
-
-
-class Batch(NamedTuple):
-    """A rollout as the surrogate takes it; [T, B, ...], then [N, ...]."""
-
-    obs: Tensor
-    action: Tensor
-    advantage: Tensor
 
 
 class TRPO(Agent):
@@ -89,28 +80,13 @@ class TRPO(Agent):
         """One step of the policy on a rollout [N, ...]; where none is accepted the policy stays as it is."""
         config, policy = self.config, self.policy
         policy.check()
-        distribution = self.net.policy(batch.obs)
-        old, start = detached(distribution), policy.vector.clone()
-        old_log_prob = old.log_prob(batch.action)
-        before = self.surrogate(distribution, batch, old_log_prob)
-        gradient = flatten(torch.autograd.grad(before, policy.parameters, retain_graph=True))
-        if config.fisher_fraction < 1.0:
-            rows = torch.randperm(len(batch.obs), generator=self.rows, device=batch.obs.device)
-            distribution = self.net.policy(batch.obs[rows[: max(1, round(config.fisher_fraction * len(rows)))]])
-        natural = natural_step(
-            gradient,
-            FisherProduct(distribution, policy.parameters),
-            max_kl=max_kl,
-            damping=config.damping,
-            iterations=config.cg_steps,
-            tolerance=config.cg_tolerance,
-        )
+        surrogate, start = Surrogate(self.net, batch, config.ent_coef), policy.vector.clone()
+        before, natural = surrogate.natural_step(policy, config, self.rows, max_kl=max_kl)
 
-        @torch.no_grad()
         def try_step(fraction: float) -> Trial:
             policy.vector.copy_(start).add_(natural.step, alpha=fraction)
-            new = self.net.policy(batch.obs)
-            return Trial(self.surrogate(new, batch, old_log_prob) - before, old.kl(new).mean())
+            after, kl = surrogate.now()
+            return Trial(after - before, kl)
 
         search = line_search(
             try_step,
@@ -121,17 +97,12 @@ class TRPO(Agent):
             accept_ratio=config.accept_ratio,
         )
         return {
-            "losses/policy_loss": -before.detach(),
-            "losses/entropy": old.entropy().mean(),
+            "losses/policy_loss": -before,
+            "losses/entropy": surrogate.old.entropy().mean(),
             "losses/predicted_improvement": natural.predicted,
-            "losses/actual_improvement": search.last.improvement.detach(),
+            "losses/actual_improvement": search.last.improvement,
             "losses/kl_full_step": search.first.kl,
             "losses/kl": search.last.kl,
             "losses/cg_residual": natural.residual,
             "losses/step_fraction": torch.tensor(search.fraction),
         }
-
-    def surrogate(self, distribution: Distribution, batch: Batch, old_log_prob: Tensor) -> Tensor:
-        """What an update is to raise, []: E[ratio * A], equation 14, and the entropy bonus."""
-        log_ratio = distribution.log_prob(batch.action) - old_log_prob
-        return self.config.ent_coef * distribution.entropy().mean() - functional.ppo_loss(log_ratio, batch.advantage)
