@@ -32,7 +32,7 @@ from pgrl.agents.base import generator
 from pgrl.agents.on_policy import critic, targets, update_value_norm
 from pgrl.data import Transition, action_rows
 from pgrl.flat import FlatParameters
-from pgrl.networks import RunningNorm
+from pgrl.normalisers import RunningNorm
 
 ENVS = 2
 BOX = spaces.Box(np.array([-2.0, 0.0], np.float32), np.array([2.0, 1.0], np.float32))

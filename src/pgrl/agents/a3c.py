@@ -19,7 +19,8 @@ from pgrl import functional
 from pgrl.agents.base import Agent, Setting, generator
 from pgrl.agents.on_policy import AdvantageConfig, make_normalisers, prepare, targets
 from pgrl.data import NoiseStream, Transition, flatten_time
-from pgrl.networks import ActorCritic, RunningNorm
+from pgrl.networks import ActorCritic
+from pgrl.normalisers import RunningNorm
 from pgrl.optim import GradientStep, RMSProp
 
 

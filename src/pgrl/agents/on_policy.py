@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from pgrl import functional
 from pgrl.agents.base import Setting
 from pgrl.data import Transition
-from pgrl.networks import ActorCritic, NetworkConfig, PolicyConfig, RewardScaler, RunningNorm
+from pgrl.networks import ActorCritic, NetworkConfig, PolicyConfig
+from pgrl.normalisers import RewardScaler, RunningNorm
 
 
 @dataclass
