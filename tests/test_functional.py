@@ -468,3 +468,11 @@ def test_batch_baselines_are_weighted_means() -> None:
             torch.testing.assert_close(by_age[t, b], (x * weight)[same].sum() / weight[same].sum())
     nothing = torch.zeros(7, 3)
     assert not F.leave_one_out_mean(x, nothing).any() and not F.mean_by_age(x, nothing, age).any()
+
+
+def test_others_are_not_what_is_left_of_a_large_sum() -> None:
+    """In float32 the sum of all less the largest row is rounding."""
+    y = torch.tensor([[1e9], [1.0], [2.0], [0.0]])
+    ratio = F.others_ratio(5.0 * y, y)
+    torch.testing.assert_close(ratio, torch.full_like(ratio, 5.0))
+    assert F.others_ratio(y[:1], y[:1]) == 0.0 and F.others_ratio(y[[0, 3]], y[[0, 3]])[0] == 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import gymnasium.spaces as spaces
@@ -19,6 +20,7 @@ from pgrl.data import Transition
 from pgrl.errors import UserError
 from pgrl.flat import FlatParameters, flatten
 from pgrl.optim import GradientStep
+from pgrl.trust_region import NaturalStep
 
 OBS = spaces.Box(-np.inf, np.inf, (3,), np.float32)
 BASELINES = (None, "mean", "leave_one_out", "time", "value", "min_variance", "min_variance_per_parameter")
@@ -206,6 +208,17 @@ def test_a_refused_step_leaves_the_policy_as_it_is() -> None:
     assert torch.equal(agent.policy.vector, before)
     assert metrics["losses/step_fraction"] == 0 and metrics["losses/kl"] == 0
     assert metrics["losses/actual_improvement"] == 0 and metrics["losses/kl_full_step"] > 0
+
+
+def test_a_step_that_is_not_finite_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(gradient: Tensor, *_: Any, **__: Any) -> NaturalStep:
+        return NaturalStep(gradient * math.nan, torch.tensor(0.1), torch.tensor(0.0))
+
+    monkeypatch.setattr("pgrl.agents.natural.natural_step", broken)
+    agent = make(TRPOConfig)
+    before = agent.policy.vector.clone()
+    assert agent.update(rollout(agent), 0.0)["losses/step_fraction"] == 0
+    assert torch.equal(agent.policy.vector, before)
 
 
 @pytest.mark.parametrize("cls", [NPGConfig, TRPOConfig])

@@ -104,6 +104,15 @@ def test_conjugate_gradient_stops_in_time() -> None:
     assert not x.any() and not residual.any()
 
 
+def test_what_a_singular_matrix_does_not_see_gives_no_step() -> None:
+    a = torch.diag(torch.tensor([1.0, 2.0, 0.0], dtype=torch.float64))
+    x, residual = conjugate_gradient(lambda v: a @ v, torch.tensor([0.0, 0.0, 3.0], dtype=torch.float64), 10, 1e-10)
+    assert not x.any() and residual.tolist() == [0.0, 0.0, 3.0]
+    g = torch.tensor([0.0, 0.0, 3.0], dtype=torch.float64)
+    natural = natural_step(g, lambda v: a @ v, max_kl=0.01, damping=0.0, iterations=10, tolerance=1e-10)
+    assert not natural.step.any() and natural.residual == 1.0
+
+
 def test_natural_step_has_the_length_it_should() -> None:
     a, g = positive(8), random(8)
     options: dict[str, Any] = {"iterations": 50, "tolerance": 1e-14}

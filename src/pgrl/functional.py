@@ -132,8 +132,12 @@ def weighted_mean(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def others_ratio(x: Tensor, y: Tensor) -> Tensor:
-    """The sum of x over the other rows by that of y, for each row; x, y >= 0 are [B, ...], 0 where y's is."""
-    x, y = x.sum(0) - x, y.sum(0) - y
+    """The sum of x over the other rows by that of y, for each row; both [B, ...], y >= 0, and 0 where y's sum is 0.
+
+    A row is left out, not taken off the sum of all: where it is by far the largest the difference would be rounding.
+    """
+    others = 1.0 - torch.eye(len(x), dtype=x.dtype, device=x.device)
+    x, y = (torch.tensordot(others, part, 1) for part in (x, y))
     return (x / y).where(y > 0, 0.0)
 
 

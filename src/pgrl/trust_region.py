@@ -46,7 +46,8 @@ def conjugate_gradient(
 ) -> tuple[Tensor, Tensor]:
     """x [P] with A x = b, for `product` v -> A v with A symmetric and positive definite, and the residual b - A x [P].
 
-    Stops after `iterations`, or once |residual| <= tolerance * |b|. Hestenes & Stiefel 1952, section 3.
+    Stops after `iterations`, once |residual| <= tolerance * |b|, or before a direction along which A is not positive.
+    Hestenes & Stiefel 1952, section 3.
     """
     x, residual = torch.zeros_like(b), b.clone()
     direction, squared = b.clone(), b @ b
@@ -55,7 +56,10 @@ def conjugate_gradient(
         if float(squared) <= enough:
             break
         along = product(direction)
-        length = squared / (direction @ along)
+        curvature = direction @ along
+        if not float(curvature) > 0.0:
+            break
+        length = squared / curvature
         x.add_(length * direction)
         residual.sub_(length * along)
         before, squared = squared, residual @ residual

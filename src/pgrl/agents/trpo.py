@@ -84,7 +84,9 @@ class TRPO(Agent):
         before, natural = surrogate.natural_step(policy, config, self.rows, max_kl=max_kl)
 
         def try_step(fraction: float) -> Trial:
-            policy.vector.copy_(start).add_(natural.step, alpha=fraction)
+            policy.vector.copy_(start)
+            if fraction:  # nothing of a step that is not finite stays
+                policy.vector.add_(natural.step, alpha=fraction)
             after, kl = surrogate.now()
             return Trial(after - before, kl)
 

@@ -330,9 +330,8 @@ def check(config: RunConfig, keys: dict[str, schema.Key]) -> list[Problem]:
     if not problems:
         problems += wrong_together(config)
         problems += wrong_asynchronous(config)
-    no_env = list(wrong_env(config.env.id))
-    problems += no_env
-    if not (problems or no_env):
+    problems += wrong_env(config.env.id)
+    if not problems:
         problems += wrong_episodes(config)
     if not any(p.key == "device" for p in problems):
         problems += wrong_device(config.device)
