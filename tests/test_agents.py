@@ -17,6 +17,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from pgrl import functional as F
+from pgrl.acting import Actor
 from pgrl.agents import (
     AGENTS,
     A2CConfig,
@@ -640,14 +641,15 @@ def test_whatever_changes_is_state(variant: tuple[type, dict[str, Any]], world: 
     train(agent, world)
     changed = {path.split(".")[1] for path in differences(before, snapshot(agent))}
     assert {"net", "noise", "updates"} <= changed
-    views = {name for name, part in vars(agent).items() if isinstance(part, FlatParameters)}  # of the net
+    views = {name for name, part in vars(agent).items() if isinstance(part, FlatParameters | Actor)}  # of the net
     assert changed - views <= set(agent.state_dict())
 
     other = make(cls, keys, world, seed=2)
     assert differences(snapshot(agent), snapshot(other))
     other.load_state_dict(copy.deepcopy(agent.state_dict()))
-    # noise that is used up is not kept: its own state says what comes next
-    left = {p for p in differences(snapshot(agent), snapshot(other)) if not p.startswith("agent.noise.")}
+    # noise that is used up is not kept: its own state says what comes next; and each actor knows an address
+    apart = ("agent.noise.", "agent.actor._place")
+    left = {p for p in differences(snapshot(agent), snapshot(other)) if not p.startswith(apart)}
     assert not left
     assert not differences(snapshot(agent.noise.state_dict()), snapshot(other.noise.state_dict()))
 

@@ -24,6 +24,7 @@ LAYERS = (
     ("config", "logger"),
     ("checkpoint", "theory"),
     ("agents", "envs"),
+    ("acting",),
     ("networks", "normalisers", "data", "optim"),
     ("flat", "functional", "trust_region", "distributions", "signals", "env_ids", "errors"),
 )

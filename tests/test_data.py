@@ -43,7 +43,7 @@ def test_rows_are_views_of_the_transition() -> None:
     for t, step in enumerate(r.steps):
         for k, field in enumerate(step[1:]):
             field.copy_(torch.full_like(field, t + 10 * k) if field.dtype == torch.float32 else field.new_tensor(t % 2))
-        r.action[t].fill_(t)
+        r.put(t, torch.full((B,), t))
     transition = r.transition()
     assert transition.reward.tolist() == [[t] * B for t in range(T)]
     assert transition.terminated.tolist() == [[t % 2 == 1] * B for t in range(T)]

@@ -24,6 +24,7 @@ from pgrl.evaluate import bootstrap_interval, iqm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 benchmark: Any = importlib.import_module("benchmark")
 bench_peers: Any = importlib.import_module("bench_peers")
+bench_acting: Any = importlib.import_module("bench_acting")
 bench_fisher: Any = importlib.import_module("bench_fisher")
 reinforce_baselines: Any = importlib.import_module("reinforce_baselines")
 plot_curves: Any = importlib.import_module("plot_curves")
@@ -360,6 +361,13 @@ def test_tables_and_pictures_of_what_was_measured(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------- Fisher, baselines
+
+
+def test_the_bench_of_acting_times_both_ways(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("mujoco")
+    assert bench_acting.main(["--rollouts", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + len(bench_acting.WORKLOADS) and all("ratio" in line for line in lines[1:])
 
 
 def test_the_fisher_benchmark_times_three_things(capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,7 +41,7 @@ class Row(Step):
 class Rollout:
     """Room for T steps of B envs, allocated once; envs write their answers straight into its rows.
 
-    `action[t]` is where the action of step t goes, and `steps[t]` the answer. The obs an agent acts on at t is
+    `put(t, action)` takes the action of step t, and `steps[t]` the answer. The obs an agent acts on at t is
     `obs[t]`, which is the `obs` of `steps[t - 1]`: one tensor of T + 1 rows serves both.
     """
 
@@ -63,16 +63,25 @@ class Rollout:
         terminated = torch.zeros(shape, dtype=torch.bool, device=device)
         truncated = torch.zeros(shape, dtype=torch.bool, device=device)
         self._fields = (reward, terminated, truncated, next_obs)
-        self.obs, self.action = self._obs.unbind(), self._action.unbind()
+        self.obs, self._actions = self._obs.unbind(), self._action.unbind()
         columns = (self.obs[1:], *(x.unbind() for x in self._fields))
         self.steps = [Row(*row) for row in zip(*columns, strict=True)]
+        self._action_arrays: list[NDArray[Any]] = []
         if device.type == "cpu":
             for row in self.steps:
                 row.arrays = tuple(x.numpy() for x in row)
+            self._action_arrays = [x.numpy() for x in self._actions]
 
     def begin(self, obs: Tensor) -> None:
         """Start a new rollout at obs [B, *obs]."""
         self.obs[0].copy_(obs)
+
+    def put(self, t: int, action: Tensor) -> None:
+        """Keep the actions [B, ...] of step t."""
+        if self._action_arrays and action.is_cpu:
+            self._action_arrays[t][:] = action.numpy()  # half the price of torch's copy
+        else:
+            self._actions[t].copy_(action)
 
     def transition(self) -> Transition:
         """All T steps as tensors [T, B, ...], views of this rollout's memory."""

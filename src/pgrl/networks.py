@@ -69,7 +69,7 @@ class MLP(nn.Module):
         layers = [nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True)]
         self.layers = nn.ModuleList(layers)
         self._pairs = [(layer.weight, layer.bias) for layer in layers]
-        self._activation = ACTIVATIONS[activation]
+        self.activation, self._activation = activation, ACTIVATIONS[activation]
         self.features = sizes[-1]
 
     def forward(self, x: Tensor) -> Tensor:

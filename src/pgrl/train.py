@@ -33,7 +33,7 @@ def collect(env: VecEnv, agent: Agent, rollout: Rollout, obs: Tensor, device: to
     rollout.begin(obs)
     for t, step in enumerate(rollout.steps):
         action = agent.act(rollout.obs[t].to(device))
-        rollout.action[t].copy_(action)
+        rollout.put(t, action)
         env.step(action, out=step)
     return Transition(*(x.to(device) for x in rollout.transition()))
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pgrl import functional
+from pgrl.acting import Actor
 from pgrl.agents.base import Agent, Setting, generator
 from pgrl.agents.on_policy import AdvantageConfig, make_normalisers, prepare, targets
 from pgrl.data import NoiseStream, Transition, flatten_time
@@ -99,10 +100,10 @@ class A3C(Agent):
             partial(SharedRMSProp, shared=lambda: self.shared, alpha=config.rms_prop_alpha, eps=config.opt_eps),
             max_grad_norm=config.max_grad_norm,
         )
+        self.actor = Actor(self.net, self.obs_norm)
 
     def act(self, obs: Tensor, explore: bool = True) -> Tensor:
-        obs = self.obs_norm(obs) if self.obs_norm is not None else obs
-        return self.net.sample(obs, self.noise.next(len(obs))) if explore else self.net.mode(obs)
+        return self.actor.sample(obs, self.noise.next(len(obs))) if explore else self.actor.mode(obs)
 
     def update(self, rollout: Transition, progress: float) -> dict[str, Tensor]:
         config, raw_obs = self.config, rollout.obs

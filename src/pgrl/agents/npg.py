@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pgrl import functional
+from pgrl.acting import Actor
 from pgrl.agents.base import Agent, Setting, generator
 from pgrl.agents.critic import Critic, CriticConfig
 from pgrl.agents.natural import Batch, Surrogate
@@ -50,10 +51,10 @@ class NPG(Agent):
         self.policy = FlatParameters(self.net.policy_parameters())
         self.critic = Critic(config, self.net, setting)
         self.updates = torch.zeros((), dtype=torch.int64)
+        self.actor = Actor(self.net, self.obs_norm)
 
     def act(self, obs: Tensor, explore: bool = True) -> Tensor:
-        obs = self.obs_norm(obs) if self.obs_norm is not None else obs
-        return self.net.sample(obs, self.noise.next(len(obs))) if explore else self.net.mode(obs)
+        return self.actor.sample(obs, self.noise.next(len(obs))) if explore else self.actor.mode(obs)
 
     def update(self, rollout: Transition, progress: float) -> dict[str, Tensor]:
         config, raw_obs = self.config, rollout.obs

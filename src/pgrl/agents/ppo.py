@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pgrl import functional
+from pgrl.acting import Actor
 from pgrl.agents.base import Agent, Setting, generator
 from pgrl.agents.on_policy import AdvantageConfig, make_normalisers, prepare, targets
 from pgrl.data import NoiseStream, Transition, flatten_time, minibatches
@@ -110,10 +111,10 @@ class PPO(Agent):
             clip_per_group=config.clip_grad_per_network,
             compiled=setting.compiled,
         )
+        self.actor = Actor(self.net, self.obs_norm)
 
     def act(self, obs: Tensor, explore: bool = True) -> Tensor:
-        obs = self.obs_norm(obs) if self.obs_norm is not None else obs
-        return self.net.sample(obs, self.noise.next(len(obs))) if explore else self.net.mode(obs)
+        return self.actor.sample(obs, self.noise.next(len(obs))) if explore else self.actor.mode(obs)
 
     def update(self, rollout: Transition, progress: float) -> dict[str, Tensor]:
         config, raw_obs = self.config, rollout.obs

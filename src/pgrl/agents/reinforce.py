@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pgrl import functional
+from pgrl.acting import Actor
 from pgrl.agents.base import Agent, Setting, generator
 from pgrl.agents.critic import Critic, CriticConfig
 from pgrl.agents.on_policy import OnPolicyConfig, ends, make_normalisers, normalised, prepare, values
@@ -73,10 +74,10 @@ class REINFORCE(Agent):
         self.critic = Critic(config, self.net, setting) if config.baseline == "value" else None
         self.age = torch.zeros(setting.num_envs, dtype=torch.int64, device=setting.device)  # of the running episodes
         self.updates = torch.zeros((), dtype=torch.int64)
+        self.actor = Actor(self.net, self.obs_norm)
 
     def act(self, obs: Tensor, explore: bool = True) -> Tensor:
-        obs = self.obs_norm(obs) if self.obs_norm is not None else obs
-        return self.net.sample(obs, self.noise.next(len(obs))) if explore else self.net.mode(obs)
+        return self.actor.sample(obs, self.noise.next(len(obs))) if explore else self.actor.mode(obs)
 
     def update(self, rollout: Transition, progress: float) -> dict[str, Tensor]:
         config, raw_obs = self.config, rollout.obs

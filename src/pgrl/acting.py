@@ -1,0 +1,106 @@
+"""What agents with an actor-critic act with; for small networks on a CPU in numpy.
+
+Between two steps of an env the processor's caches lose torch's code, and each of its operations costs 5 to 10 us, twice
+numpy's; the arithmetic of 64 units takes less than either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium.spaces as spaces
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pgrl.networks import MLP, ActorCritic
+from pgrl.normalisers import RunningNorm
+
+Array = NDArray[Any]
+
+LAYER_LIMIT = 9_000  # weights of a layer, and
+CALL_LIMIT = 250_000  # multiplications of a layer in a call: beyond these numpy's BLAS would wake threads of its own
+
+
+def tanh_(x: Array) -> None:
+    np.tanh(x, out=x)
+
+
+def relu_(x: Array) -> None:
+    np.maximum(x, 0.0, out=x)
+
+
+ACTIVATIONS: dict[str, Callable[[Array], None]] = {"tanh": tanh_, "relu": relu_}
+
+
+class Actor:
+    """Actions of `net` for observations that `obs_norm` normalises, without gradients.
+
+    Samples are made in numpy where a call is small: an MLP of tanh or ReLU units in main memory, whose actions are one
+    choice among K, or Gaussian with a free deviation. They equal `net.sample` to rounding. The weights are read where
+    they lie, and looked up again where they were moved.
+    """
+
+    def __init__(self, net: ActorCritic, obs_norm: RunningNorm | None) -> None:
+        self._net, self._obs_norm = net, obs_norm
+        self._rows, self._weight = 0, net.policy_head.weight
+        body, discrete = net.body, isinstance(net.action_space, spaces.Discrete)
+        gaussian = net.distribution == "gaussian" and net.log_std is not None
+        if isinstance(body, MLP) and self._weight.is_cpu and (discrete or gaussian) and body.activation in ACTIVATIONS:
+            self._activate = ACTIVATIONS[body.activation]
+            widest = max(layer.weight.numel() for layer in [*body.layers, net.policy_head])
+            self._rows = CALL_LIMIT // widest if widest <= LAYER_LIMIT else 0
+            self._look_up()
+
+    def mode(self, obs: Tensor) -> Tensor:
+        """The most likely actions [B, ...] in the env's units for obs [B, *obs]."""
+        return self._net.mode(obs if self._obs_norm is None else self._obs_norm(obs))
+
+    def sample(self, obs: Tensor, noise: Tensor) -> Tensor:
+        """Actions [B, ...] in the env's units, as `ActorCritic.sample` gives them."""
+        if len(obs) > self._rows or obs.dtype != torch.float32:
+            return self._net.sample(obs if self._obs_norm is None else self._obs_norm(obs), noise)
+        if self._place != self._weight.data_ptr():
+            self._look_up()
+
+        x: Array = obs.numpy()
+        if self._norm is not None:
+            scale, shift, clip = self._norm
+            x = x * scale + shift
+            if clip is not None:
+                x = np.minimum(np.maximum(x, -clip), clip)
+        if x.ndim != 2:
+            x = x.reshape(len(x), -1)
+        for weight, bias in self._hidden:
+            x = x @ weight
+            x += bias
+            self._activate(x)
+        weight, bias = self._head
+        x = x @ weight
+        x += bias
+        if self._log_std is None:
+            x += noise.numpy()
+            return torch.from_numpy(x.argmax(-1))
+        x += noise.numpy() * np.exp(self._log_std)
+        if self._affine is not None:
+            center, radius = self._affine
+            x *= radius
+            x += center
+        return torch.from_numpy(x)
+
+    def _look_up(self) -> None:
+        """Views of everything `sample` computes with."""
+        net, norm = self._net, self._obs_norm
+        layers = [*net.body.layers, net.policy_head]
+        *self._hidden, self._head = [(view(layer.weight).T, view(layer.bias)) for layer in layers]
+        self._log_std = None if net.log_std is None else view(net.log_std)
+        self._affine = (view(net.center), view(net.radius)) if net.affine else None
+        self._norm = None if norm is None else (view(norm.scale), view(norm.shift), norm.clip)
+        self._place = self._weight.data_ptr()
+
+
+def view(x: Tensor) -> Array:
+    """The tensor's memory as an array."""
+    return x.detach().numpy()

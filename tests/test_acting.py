@@ -1,0 +1,136 @@
+"""Acting in numpy gives what the network itself gives, and is what small networks act with."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import gymnasium.spaces as spaces
+import numpy as np
+import pytest
+import torch
+from torch import Generator, Tensor
+
+from pgrl.acting import Actor
+from pgrl.flat import FlatParameters
+from pgrl.networks import ActorCritic, NetworkConfig, PolicyConfig
+from pgrl.normalisers import RunningNorm
+
+ACTIONS: dict[str, spaces.Space[Any]] = {
+    "discrete": spaces.Discrete(3),
+    "box": spaces.Box(-1.0, 1.0, (2,), np.float32),
+    "bounded": spaces.Box(np.float32([0.0, -4.0]), np.float32([1.0, 2.0]), dtype=np.float32),
+    "unbounded": spaces.Box(-np.inf, np.inf, (2,), np.float32),
+}
+
+
+def make(
+    action: str = "box",
+    shape: tuple[int, ...] = (5,),
+    normalised: bool = True,
+    clip: float | None = 1.5,
+    **network: Any,
+) -> tuple[Actor, ActorCritic, RunningNorm | None]:
+    torch.manual_seed(0)
+    policy = PolicyConfig(log_std_init=-0.7, distribution=network.pop("distribution", "gaussian"))
+    obs_space = spaces.Box(-np.inf, np.inf, shape, np.float32)
+    net = ActorCritic(obs_space, ACTIONS[action], NetworkConfig(policy_gain=1.0, **network), policy)
+    norm = RunningNorm(shape, clip) if normalised else None
+    if norm is not None:
+        norm.update(3.0 * torch.randn(100, *shape) + 1.0)
+    return Actor(net, norm), net, norm
+
+
+def expected(net: ActorCritic, norm: RunningNorm | None, obs: Tensor, noise: Tensor) -> Tensor:
+    with torch.no_grad():
+        return net.sample(obs if norm is None else norm(obs), noise)
+
+
+def inputs(net: ActorCritic, rows: int = 4, shape: tuple[int, ...] = (5,)) -> tuple[Tensor, Tensor]:
+    random = Generator().manual_seed(1)
+    return 3.0 * torch.randn(rows, *shape, generator=random), net.noise((rows,), random)
+
+
+def refuse(*_: object) -> None:
+    raise AssertionError("the network was asked")
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+@pytest.mark.parametrize("hidden", [[], [8], [64, 64]])
+def test_samples_are_those_of_the_network(
+    action: str, normalised: bool, activation: str, hidden: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    actor, net, norm = make(action, normalised=normalised, activation=activation, hidden_sizes=hidden)
+    obs, noise = inputs(net)
+    before, right = obs.clone(), expected(net, norm, obs, noise)
+    monkeypatch.setattr(net, "sample", refuse)
+    sampled = actor.sample(obs, noise)
+    assert sampled.dtype == right.dtype and sampled.shape == right.shape
+    torch.testing.assert_close(sampled, right)
+    assert torch.equal(obs, before)  # nothing of the rollout is overwritten
+    assert torch.equal(sampled, actor.sample(obs, noise))
+
+
+def test_observations_of_many_dimensions_and_without_a_clip() -> None:
+    actor, net, norm = make(shape=(2, 3), clip=None)
+    obs, noise = inputs(net, shape=(2, 3))
+    torch.testing.assert_close(actor.sample(obs, noise), expected(net, norm, obs, noise))
+
+
+def test_weights_and_statistics_are_the_present_ones() -> None:
+    """Changed in place, moved to a flat vector, or copied with the agent: what is used is what the network has."""
+    actor, net, norm = make()
+    assert norm is not None
+    obs, noise = inputs(net)
+    first = actor.sample(obs, noise)
+    with torch.no_grad():
+        for p in net.policy_parameters():
+            p.mul_(1.5)
+    norm.update(torch.randn(50, 5) - 2.0)
+    second = actor.sample(obs, noise)
+    assert not torch.allclose(first, second)
+    torch.testing.assert_close(second, expected(net, norm, obs, noise))
+
+    flat = FlatParameters(net.policy_parameters())
+    flat.vector.mul_(0.5)
+    third = actor.sample(obs, noise)
+    assert not torch.allclose(second, third)
+    torch.testing.assert_close(third, expected(net, norm, obs, noise))
+
+    twin, twin_net = copy.deepcopy((actor, net))
+    with torch.no_grad():
+        twin_net.policy_head.bias.add_(1.0)
+    assert torch.equal(actor.sample(obs, noise), third)
+    torch.testing.assert_close(twin.sample(obs, noise), third + 1.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows"),
+    [
+        ({"hidden_sizes": [256, 256]}, 1),  # numpy's BLAS would wake threads
+        ({}, 64),
+        ({"activation": "gelu"}, 4),
+        ({"distribution": "squashed"}, 4),
+        ({"distribution": "beta"}, 4),
+    ],
+)
+def test_everything_else_is_left_to_torch(kind: dict[str, Any], rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    actor, net, norm = make(**kind)
+    obs, noise = inputs(net, rows)
+    with torch.no_grad():
+        assert torch.equal(actor.sample(obs, noise), expected(net, norm, obs, noise))
+        monkeypatch.setattr(net, "sample", refuse)
+        with pytest.raises(AssertionError, match="asked"):
+            actor.sample(obs, noise)
+
+
+def test_images_and_modes_are_left_to_torch() -> None:
+    space = spaces.Box(0, 255, (3, 8, 8), np.uint8)
+    net = ActorCritic(space, ACTIONS["discrete"], NetworkConfig(body="mlp", hidden_sizes=[8]), PolicyConfig())
+    obs = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8)
+    noise = net.noise((4,), Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(Actor(net, None).sample(obs, noise), net.sample(obs, noise))
+        assert torch.equal(Actor(net, None).mode(obs), net.mode(obs))
