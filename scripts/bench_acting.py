@@ -2,8 +2,8 @@
 
     python scripts/bench_acting.py [--rollouts 76]
 
-One thread; the two ways take turns, a rollout of 256 env steps each, in the same envs. Figures are medians over rollouts
-and the ratio's median and deciles over pairs of rollouts that follow each other.
+One thread; the two ways take turns, a rollout of 256 env steps each, in the same envs. Figures are medians over
+rollouts, and the ratio's median and deciles over pairs of rollouts that follow each other.
 """
 
 import argparse
