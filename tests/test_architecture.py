@@ -24,7 +24,7 @@ LAYERS = (
     ("config", "logger"),
     ("checkpoint", "theory"),
     ("agents", "envs"),
-    ("networks", "normalisers", "data", "optim"),
+    ("networks", "normalisers", "replay", "data", "optim"),
     ("flat", "functional", "trust_region", "distributions", "signals", "env_ids", "errors"),
 )
 ENTRY = {"train": {"pgrl"}}  # `python -m pgrl.train` runs the package's command line
