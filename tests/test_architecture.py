@@ -25,7 +25,7 @@ LAYERS = (
     ("checkpoint", "theory"),
     ("agents", "envs"),
     ("acting",),
-    ("networks", "normalisers", "data", "optim"),
+    ("networks", "normalisers", "replay", "data", "optim"),
     ("flat", "functional", "trust_region", "distributions", "signals", "env_ids", "errors"),
 )
 ENTRY = {"train": {"pgrl"}}  # `python -m pgrl.train` runs the package's command line
