@@ -23,9 +23,11 @@ from pgrl.agents import (
     A2CConfig,
     A3CConfig,
     Agent,
+    DDPGConfig,
     NPGConfig,
     PPOConfig,
     REINFORCEConfig,
+    SACConfig,
     Setting,
     TRPOConfig,
 )
@@ -55,6 +57,16 @@ WORLDS = {
     "image": World(IMAGE, spaces.Discrete(3)),
 }
 
+REPLAY: dict[str, Any] = {
+    "num_steps": 8,
+    "utd_ratio": 0.5,
+    "buffer_size": 32,
+    "batch_size": 8,
+    "learning_starts": 8,
+    "actor_lr": 1e-2,
+    "critic_lr": 1e-2,
+    "network.hidden_sizes": [16, 16],
+}
 SMALL: dict[type, dict[str, Any]] = {
     PPOConfig: {"num_steps": 16, "num_minibatches": 2, "update_epochs": 2, "learning_rate": 1e-2, "ent_coef": 0.01},
     A2CConfig: {"num_steps": 16, "learning_rate": 1e-2},
@@ -62,6 +74,7 @@ SMALL: dict[type, dict[str, Any]] = {
     REINFORCEConfig: {"num_steps": 32, "num_minibatches": 2, "update_epochs": 2, "learning_rate": 1e-2},
     NPGConfig: {"num_steps": 16, "num_minibatches": 2, "update_epochs": 2},
     TRPOConfig: {"num_steps": 16, "num_minibatches": 2, "update_epochs": 2},
+    **dict.fromkeys((DDPGConfig, SACConfig), REPLAY),
 }
 NATURAL_EVERYTHING = {
     "norm_obs": True,
@@ -75,6 +88,14 @@ NATURAL_EVERYTHING = {
     "ent_coef": 0.01,
     "network.shared": True,
     "policy.state_dependent_std": True,
+}
+REPLAY_EVERYTHING = {
+    "norm_obs": True,
+    "per_alpha": 0.6,
+    "n_step": 3,
+    "max_grad_norm": 0.5,
+    "policy_delay": 2,
+    "network.layer_norm": True,
 }
 EVERYTHING: dict[type, dict[str, Any]] = {
     PPOConfig: {
@@ -114,6 +135,13 @@ EVERYTHING: dict[type, dict[str, Any]] = {
     },
     NPGConfig: NATURAL_EVERYTHING,
     TRPOConfig: NATURAL_EVERYTHING,
+    DDPGConfig: {
+        **REPLAY_EVERYTHING,
+        "noise": "ou",
+        "twin": True,
+        "target_noise": 0.2,
+    },
+    SACConfig: REPLAY_EVERYTHING,
 }
 VARIANTS = {
     "ppo": (PPOConfig, {}),
@@ -129,7 +157,12 @@ VARIANTS = {
     "trpo with everything": (TRPOConfig, NATURAL_EVERYTHING),
     "a3c": (A3CConfig, {}),
     "a3c with everything": (A3CConfig, EVERYTHING[A3CConfig]),
+    "ddpg": (DDPGConfig, {}),
+    "ddpg with everything": (DDPGConfig, EVERYTHING[DDPGConfig]),
+    "sac": (SACConfig, {}),
+    "sac with everything": (SACConfig, EVERYTHING[SACConfig]),
 }
+CONTINUOUS = ("ddpg", "ddpg with everything")  # actions alone
 
 
 def configure(cls: type, keys: dict[str, Any]) -> Any:

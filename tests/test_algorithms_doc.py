@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import yaml
 
-from pgrl.agents import A2CConfig, A3CConfig, NPGConfig, PPOConfig, REINFORCEConfig, TRPOConfig
+from pgrl.agents import A2CConfig, A3CConfig, DDPGConfig, SACConfig, NPGConfig, PPOConfig, REINFORCEConfig, TRPOConfig
 from pgrl.agents.critic import CriticConfig
+from pgrl.agents.off_policy import OffPolicyConfig
 from pgrl.agents.on_policy import AdvantageConfig, OnPolicyConfig
-from pgrl.networks import NetworkConfig, PolicyConfig
+from pgrl.networks import NetworkConfig, OffPolicyNetworkConfig, PolicyConfig
 
 PAGE = (Path(__file__).parents[1] / "docs" / "algorithms.md").read_text(encoding="utf-8")
 HEADINGS: dict[str, type] = {
@@ -28,6 +29,10 @@ HEADINGS: dict[str, type] = {
     "NPG": NPGConfig,
     "TRPO": TRPOConfig,
     "A3C": A3CConfig,
+    "Every algorithm with replay": OffPolicyConfig,
+    "Networks with replay: `algo.network.*`": OffPolicyNetworkConfig,
+    "DDPG": DDPGConfig,
+    "SAC": SACConfig,
 }
 
 

@@ -346,7 +346,7 @@ class DeterministicPolicy(nn.Module):
 
 
 class QNetwork(nn.Module):
-    """Q(s, a) [N] for actions [N, A] in the policy's units; of all K actions, [N, K], where one is chosen among K.
+    """Q(s, a) [N] for actions [N, A] in the policy's units; where one is chosen among K, [N], also [N, K] of them all.
 
     Weights are as torch makes them: uniform within 1 / sqrt(inputs), as in Lillicrap et al. 2016, section 7.
     """
@@ -366,14 +366,15 @@ class QNetwork(nn.Module):
     def forward(self, obs: Tensor, action: Tensor | None = None) -> Tensor:
         x = self.encoder.forward(obs)
         if self.body is None:
-            return F.linear(x, self.head.weight, self.head.bias)
+            q = F.linear(x, self.head.weight, self.head.bias)
+            return q if action is None else q.gather(-1, action.unsqueeze(-1)).squeeze(-1)
         assert action is not None
         x = self.body.forward(torch.cat([x, action], -1))
         return F.linear(x, self.head.weight, self.head.bias).squeeze(-1)
 
 
 class Critics(nn.Module):
-    """Several Q-networks that begin differently; what each says, [K, N] or [K, N, actions]."""
+    """Several Q-networks that begin differently; what each says, [count, N], or [count, N, K] without an action."""
 
     def __init__(
         self,

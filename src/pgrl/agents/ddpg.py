@@ -71,16 +71,16 @@ class DDPG(Agent):
                 else f"algo=ddpg needs continuous actions, a Box, but this env's are {action_space}.\nUse: algo=ppo"
             )
         self.config, self.num_steps, self.action_space = config, config.num_steps, action_space
-        self.policy = DeterministicPolicy(setting.obs_space, action_space, config.network).to(device)
+        self.net = DeterministicPolicy(setting.obs_space, action_space, config.network).to(device)
         self.critics = Critics(1 + config.twin, setting.obs_space, action_space, config.network).to(device)
-        self.target_policy, self.target_critics = copy.deepcopy(self.policy), copy.deepcopy(self.critics)
-        self.followers = Target(self.target_policy), Target(self.target_critics)
+        self.target_net, self.target_critics = copy.deepcopy(self.net), copy.deepcopy(self.critics)
+        self.followers = Target(self.target_net), Target(self.target_critics)
         self.obs_norm = make_obs_norm(config, setting)
         self.buffer = make_buffer(config, setting)
-        self.noise = NoiseStream(self.policy.noise, config.num_steps, generator(setting.seed, 0, device))
+        self.noise = NoiseStream(self.net.noise, config.num_steps, generator(setting.seed, 0, device))
         self.random = generator(setting.seed, 1, device)  # the first actions
         self.draws = generator(setting.seed, 2, device)  # the noise inside updates
-        self.drift = torch.zeros(setting.num_envs, self.policy.actions, device=device)  # the state of noise=ou
+        self.drift = torch.zeros(setting.num_envs, self.net.actions, device=device)  # the state of noise=ou
         self.updates = torch.zeros((), dtype=torch.int64)
 
         def step(loss: Loss, net: nn.Module) -> GradientStep:
@@ -92,27 +92,27 @@ class DDPG(Agent):
                 compiled=setting.compiled,
             )
 
-        self.critic_step, self.actor_step = step(self.critic_loss, self.critics), step(self.actor_loss, self.policy)
+        self.critic_step, self.actor_step = step(self.critic_loss, self.critics), step(self.actor_loss, self.net)
 
     def act(self, obs: Tensor, explore: bool = True) -> Tensor:
-        config, policy = self.config, self.policy
+        config, net = self.config, self.net
         if explore and self.buffer.count < config.learning_starts:
             return random_actions(self.action_space, len(obs), self.random)
-        action = policy(obs if self.obs_norm is None else self.obs_norm(obs))
+        action = net(obs if self.obs_norm is None else self.obs_norm(obs))
         if explore:
             noise = config.noise_std * self.noise.next(len(obs))
             if config.noise == "ou":
                 noise = self.drift.mul_(1.0 - config.ou_theta).add_(noise)
             action = (action + noise).clamp(-1.0, 1.0)
-        return policy.to_env_units(action)
+        return net.to_env_units(action)
 
     def update(self, rollout: Transition, progress: float) -> dict[str, Tensor]:
         self.buffer.add(rollout)
-        if self.obs_norm is not None:
-            self.obs_norm.update(rollout.obs)
         self.drift *= (~(rollout.terminated[-1] | rollout.truncated[-1])).unsqueeze(-1)  # a new episode's is 0
         due = updates_due(self.config, self.buffer.count, rollout.reward.numel())
         metrics = means([self.learn(progress) for _ in range(due)]) if due else {}
+        if self.obs_norm is not None:
+            self.obs_norm.update(rollout.obs)
         return {**metrics, "charts/updates": self.updates.clone()}
 
     def learn(self, progress: float) -> dict[str, Tensor]:
@@ -120,8 +120,8 @@ class DDPG(Agent):
         config = self.config
         with torch.no_grad():
             sample = draw(config, self.buffer, self.obs_norm, progress)
-            noise = self.policy.noise((config.batch_size,), self.draws)
-            action = self.policy.to_policy_units(sample.action)
+            noise = self.net.noise((config.batch_size,), self.draws)
+            action = self.net.to_policy_units(sample.action)
         obs, lr = sample.obs, torch.tensor([config.critic_lr, config.actor_lr], device=action.device)
 
         batch = CriticBatch(obs, action, sample.reward, sample.next_obs, sample.discount, sample.weight, noise)
@@ -132,14 +132,14 @@ class DDPG(Agent):
         self.updates += 1
         if int(self.updates) % config.policy_delay == 0:
             metrics["losses/actor_loss"], metrics["losses/actor_grad_norm"] = self.actor_step(obs, lr[1], ())
-            for follower, net in zip(self.followers, (self.policy, self.critics), strict=True):
+            for follower, net in zip(self.followers, (self.net, self.critics), strict=True):
                 follower.follow(net.parameters(), config.tau)
         return metrics
 
     def critic_loss(self, batch: CriticBatch, _: tuple[()]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The Bellman error of the critics, algorithm 1, summed; metrics: itself, mean Q, and TD errors [N]."""
         with torch.no_grad():
-            action = self.target_policy.forward(batch.next_obs)
+            action = self.target_net.forward(batch.next_obs)
             if self.config.target_noise is not None:  # Fujimoto et al. 2018, equation 14
                 bound = self.config.target_noise_clip
                 action = (action + (self.config.target_noise * batch.noise).clamp(-bound, bound)).clamp(-1.0, 1.0)
@@ -150,5 +150,5 @@ class DDPG(Agent):
 
     def actor_loss(self, obs: Tensor, _: tuple[()]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """-E[Q(s, mu(s))], equation 6, by the first critic."""
-        loss = -self.critics.first(obs, self.policy.forward(obs)).mean()
+        loss = -self.critics.first(obs, self.net.forward(obs)).mean()
         return loss, (loss,)

@@ -88,7 +88,7 @@ class SAC(Agent):
         check_actions(action_space)
         self.config, self.num_steps, self.action_space = config, config.num_steps, action_space
         kind = PolicyConfig(distribution="squashed", state_dependent_std=True)
-        self.policy = Policy(obs_space, action_space, config.network, kind).to(device)
+        self.net = Policy(obs_space, action_space, config.network, kind).to(device)
         self.critics = Critics(2, obs_space, action_space, config.network).to(device)
         self.target_critics = copy.deepcopy(self.critics)
         self.target = Target(self.target_critics)
@@ -96,7 +96,7 @@ class SAC(Agent):
         self.target_entropy = config.target_entropy if config.target_entropy is not None else usual(action_space)
         self.obs_norm = make_obs_norm(config, setting)
         self.buffer = make_buffer(config, setting)
-        self.noise = NoiseStream(self.policy.noise, config.num_steps, generator(setting.seed, 0, device))
+        self.noise = NoiseStream(self.net.noise, config.num_steps, generator(setting.seed, 0, device))
         self.random = generator(setting.seed, 1, device)  # the first actions
         self.draws = generator(setting.seed, 2, device)  # the actions inside updates
         self.updates = torch.zeros((), dtype=torch.int64)
@@ -111,21 +111,21 @@ class SAC(Agent):
             )
 
         self.critic_step = step(self.critic_loss, self.critics)
-        self.actor_step = step(self.actor_loss, self.policy)
+        self.actor_step = step(self.actor_loss, self.net)
         self.temperature_step = step(self.temperature_loss, self.temperature)
 
     def act(self, obs: Tensor, explore: bool = True) -> Tensor:
         if explore and self.buffer.count < self.config.learning_starts:
             return random_actions(self.action_space, len(obs), self.random)
         obs = obs if self.obs_norm is None else self.obs_norm(obs)
-        return self.policy.sample(obs, self.noise.next(len(obs))) if explore else self.policy.mode(obs)
+        return self.net.sample(obs, self.noise.next(len(obs))) if explore else self.net.mode(obs)
 
     def update(self, rollout: Transition, progress: float) -> dict[str, Tensor]:
         self.buffer.add(rollout)
-        if self.obs_norm is not None:
-            self.obs_norm.update(rollout.obs)
         due = updates_due(self.config, self.buffer.count, rollout.reward.numel())
         metrics = means([self.learn(progress) for _ in range(due)]) if due else {}
+        if self.obs_norm is not None:
+            self.obs_norm.update(rollout.obs)
         return {**metrics, "charts/updates": self.updates.clone()}
 
     def learn(self, progress: float) -> dict[str, Tensor]:
@@ -133,9 +133,9 @@ class SAC(Agent):
         config = self.config
         with torch.no_grad():
             sample = draw(config, self.buffer, self.obs_norm, progress)
-            noise = self.policy.noise((2, config.batch_size), self.draws)
+            noise = self.net.noise((2, config.batch_size), self.draws)
             alpha = self.temperature()
-            action = self.policy.to_policy_units(sample.action)
+            action = self.net.to_policy_units(sample.action)
         obs, lr = sample.obs, torch.tensor([config.critic_lr, config.actor_lr, config.alpha_lr], device=alpha.device)
 
         batch = CriticBatch(obs, action, sample.reward, sample.next_obs, sample.discount, sample.weight, noise[0])
@@ -163,7 +163,7 @@ class SAC(Agent):
 
     def next_value(self, batch: CriticBatch, alpha: Tensor) -> Tensor:
         """V(s') [N] of the present policy and the target critics: equation 3."""
-        policy = self.policy.policy(batch.next_obs)
+        policy = self.net.policy(batch.next_obs)
         if isinstance(policy, Categorical):
             q = self.target_critics.forward(batch.next_obs).amin(0)
             return functional.soft_value(q, policy.logits.log_softmax(-1), alpha)
@@ -173,7 +173,7 @@ class SAC(Agent):
 
     def actor_loss(self, batch: ActorBatch, alpha: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """E[alpha log pi - Q] under the policy, equations 7 and 9; metrics: itself, and the entropy []."""
-        policy = self.policy.policy(batch.obs)
+        policy = self.net.policy(batch.obs)
         if isinstance(policy, Categorical):
             log_pi = policy.logits.log_softmax(-1)
             with torch.no_grad():
