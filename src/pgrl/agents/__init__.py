@@ -3,6 +3,7 @@
 from pgrl.agents.a2c import A2C, A2CConfig
 from pgrl.agents.a3c import A3C, A3CConfig
 from pgrl.agents.base import Agent, Setting
+from pgrl.agents.dpg import DPG, DPGConfig
 from pgrl.agents.npg import NPG, NPGConfig
 from pgrl.agents.ppo import PPO, PPOConfig
 from pgrl.agents.reinforce import REINFORCE, REINFORCEConfig
@@ -15,12 +16,14 @@ AGENTS: dict[type, type[Agent]] = {
     NPGConfig: NPG,
     TRPOConfig: TRPO,
     PPOConfig: PPO,
+    DPGConfig: DPG,
 }
 
 __all__ = [
     "A2C",
     "A3C",
     "AGENTS",
+    "DPG",
     "NPG",
     "PPO",
     "REINFORCE",
@@ -28,6 +31,7 @@ __all__ = [
     "A2CConfig",
     "A3CConfig",
     "Agent",
+    "DPGConfig",
     "NPGConfig",
     "PPOConfig",
     "REINFORCEConfig",
