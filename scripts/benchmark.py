@@ -67,6 +67,7 @@ class Suite:
 ZOO, ZOO_20K, ZOO_100K, ZOO_500K = (f"RL Baselines3 Zoo, one run, {n}" for n in ("1M", "20k", "100k", "500k"))
 BEST = "best published mean over seeds, 1M, MuJoCo v2-v4"
 ENGSTROM = "Engstrom et al. 2020, training return, 1M, v2"
+RICCATI = "the best controller there is, on the same 20 episodes"
 SUITES = (
     Suite("ppo-cartpole", "ppo", "CartPole-v1", 100_000, 500, 500, ZOO_100K, every_seed=True),
     Suite("ppo-acrobot", "ppo", "Acrobot-v1", 500_000, -85, -73.5, ZOO),
@@ -97,6 +98,7 @@ SUITES = (
     Suite("trpo-walker2d", "trpo", "Walker2d-v4", 1_000_000, 3500, 4502, BEST, extra=("compile=true",)),
     Suite("trpo-halfcheetah", "trpo", "HalfCheetah-v4", 1_000_000, 3400, 4403, BEST, extra=("compile=true",)),
     Suite("trpo-swimmer", "trpo", "Swimmer-v4", 1_000_000, 340, 359, BEST, extra=("compile=true",)),
+    Suite("dpg-linear-quadratic", "dpg", "pgrl/LinearQuadratic-v0", 64_000, -55.08, -54.54, RICCATI, every_seed=True),
 )
 
 
