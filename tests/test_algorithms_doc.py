@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-from pgrl.agents import A2CConfig, A3CConfig, NPGConfig, PPOConfig, REINFORCEConfig, TRPOConfig
+from pgrl.agents import A2CConfig, A3CConfig, DPGConfig, NPGConfig, PPOConfig, REINFORCEConfig, TRPOConfig
 from pgrl.agents.critic import CriticConfig
+from pgrl.agents.dpg import DeterministicNetworkConfig
 from pgrl.agents.on_policy import AdvantageConfig, OnPolicyConfig
 from pgrl.networks import NetworkConfig, PolicyConfig
 
@@ -28,6 +29,8 @@ HEADINGS: dict[str, type] = {
     "NPG": NPGConfig,
     "TRPO": TRPOConfig,
     "A3C": A3CConfig,
+    "DPG": DPGConfig,
+    "DPG's network: `algo.network.*`": DeterministicNetworkConfig,
 }
 
 
