@@ -12,7 +12,7 @@ import yaml
 
 from pgrl.agents import A2CConfig, A3CConfig, DPGConfig, NPGConfig, PPOConfig, REINFORCEConfig, TRPOConfig
 from pgrl.agents.critic import CriticConfig
-from pgrl.agents.dpg import DeterministicNetworkConfig
+from pgrl.agents.dpg import DPGNetworkConfig
 from pgrl.agents.on_policy import AdvantageConfig, OnPolicyConfig
 from pgrl.networks import NetworkConfig, PolicyConfig
 
@@ -30,7 +30,7 @@ HEADINGS: dict[str, type] = {
     "TRPO": TRPOConfig,
     "A3C": A3CConfig,
     "DPG": DPGConfig,
-    "DPG's network: `algo.network.*`": DeterministicNetworkConfig,
+    "DPG's network: `algo.network.*`": DPGNetworkConfig,
 }
 
 

@@ -27,7 +27,7 @@ from pgrl.networks import MLP
 
 
 @dataclass
-class DeterministicNetworkConfig:
+class DPGNetworkConfig:
     """The shape of the deterministic policy (`algo.network.*`)."""
 
     hidden_sizes: list[int] = field(default_factory=list)  # []: a linear policy, as in Silver et al. 2014, section 5
@@ -45,7 +45,7 @@ class DPGConfig:
     advantage_lr: float = 0.1  # alpha_w, of Q's part that depends on the action
     value_lr: float = 0.05  # alpha_v, of Q's part that depends on the state alone
     anneal_lr: bool = False  # the three linearly to 0
-    network: DeterministicNetworkConfig = field(default_factory=DeterministicNetworkConfig)
+    network: DPGNetworkConfig = field(default_factory=DPGNetworkConfig)
 
 
 class Policy(nn.Module):
@@ -54,7 +54,7 @@ class Policy(nn.Module):
     low: Tensor
     high: Tensor
 
-    def __init__(self, obs_space: spaces.Box, action_space: spaces.Box, config: DeterministicNetworkConfig) -> None:
+    def __init__(self, obs_space: spaces.Box, action_space: spaces.Box, config: DPGNetworkConfig) -> None:
         super().__init__()
         self.body = MLP([size(obs_space), *config.hidden_sizes], config.activation)
         self.head = nn.Linear(self.body.features, size(action_space))
@@ -139,7 +139,7 @@ class DPG(Agent):
         return torch.cat([torch.ones_like(s[:, :1]), s, s[:, i] * s[:, j]], 1)
 
     def q(self, obs: Tensor, action: Tensor) -> Tensor:
-        """Q(s, a) [N] as learnt, for actions [N, A]; equation 21 with the value v' phi(s) as its baseline."""
+        """Q(s, a) [N] as learnt, for actions [N, A]; section 4.3."""
         phi_sa = self.compatible(self.gradients(obs), action - self.net(obs))
         return phi_sa @ self.w + self.phi(obs) @ self.v
 

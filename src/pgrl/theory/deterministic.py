@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 from torch.autograd import grad
 
 from pgrl.agents import DPG, DPGConfig, Setting
-from pgrl.agents.dpg import DeterministicNetworkConfig
+from pgrl.agents.dpg import DPGNetworkConfig
 from pgrl.data import Transition
 from pgrl.envs.linear_quadratic import Regulator, discounted_return, value_matrix
 from pgrl.flat import FlatParameters, flatten
@@ -72,7 +72,7 @@ class Case(NamedTuple):
 def make(hidden_sizes: list[int], seed: int) -> DPG:
     """The library's agent with random weights, in float64, whose steps are taken at rate 1."""
     config = DPGConfig(gamma=GAMMA, actor_lr=1.0, advantage_lr=1.0, value_lr=1.0)
-    config.network = DeterministicNetworkConfig(hidden_sizes=hidden_sizes)
+    config.network = DPGNetworkConfig(hidden_sizes=hidden_sizes)
     obs, action = (spaces.Box(-np.inf, np.inf, (n,), np.float32) for n in (STATES, ACTIONS))
     agent = DPG(config, Setting(obs, action, 1, seed, torch.device("cpu")))
     agent.net.double()
