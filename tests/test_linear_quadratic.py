@@ -143,7 +143,7 @@ class Best:
 def test_the_benchmarks_reference_is_the_best_controller(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the 20 episodes that the agents are scored on; over many it earns what Riccati's equation says."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))
-    import benchmark  # type: ignore[import-not-found]
+    import benchmark
 
     suite = next(s for s in benchmark.SUITES if s.algo == "dpg")
     agent: Any = Best()
