@@ -70,6 +70,7 @@ ZOO, ZOO_20K, ZOO_50K, ZOO_100K, ZOO_500K = (
 BEST = "best published mean over seeds, 1M, MuJoCo v2-v4"
 BEST_100K = "best published mean over seeds, 100k, MuJoCo v2-v4"
 ENGSTROM = "Engstrom et al. 2020, training return, 1M, v2"
+RICCATI = "the best controller there is, on the same 20 episodes"
 SUITES = (
     Suite("ppo-cartpole", "ppo", "CartPole-v1", 100_000, 500, 500, ZOO_100K, every_seed=True),
     Suite("ppo-acrobot", "ppo", "Acrobot-v1", 500_000, -85, -73.5, ZOO),
@@ -108,6 +109,7 @@ SUITES = (
     Suite("sac-lunarlander-continuous", "sac", "LunarLanderContinuous-v3", 100_000, 180, 260, ZOO_500K),
     Suite("ddpg-halfcheetah", "ddpg", "HalfCheetah-v4", 100_000, 5500, 6308, BEST_100K),
     Suite("trpo-swimmer", "trpo", "Swimmer-v4", 1_000_000, 340, 359, BEST, extra=("compile=true",)),
+    Suite("dpg-linear-quadratic", "dpg", "pgrl/LinearQuadratic-v0", 64_000, -55.08, -54.54, RICCATI, every_seed=True),
 )
 
 

@@ -10,8 +10,19 @@ from typing import Any
 import pytest
 import yaml
 
-from pgrl.agents import A2CConfig, A3CConfig, DDPGConfig, SACConfig, NPGConfig, PPOConfig, REINFORCEConfig, TRPOConfig
+from pgrl.agents import (
+    A2CConfig,
+    A3CConfig,
+    DDPGConfig,
+    DPGConfig,
+    NPGConfig,
+    PPOConfig,
+    REINFORCEConfig,
+    SACConfig,
+    TRPOConfig,
+)
 from pgrl.agents.critic import CriticConfig
+from pgrl.agents.dpg import DPGNetworkConfig
 from pgrl.agents.off_policy import OffPolicyConfig
 from pgrl.agents.on_policy import AdvantageConfig, OnPolicyConfig
 from pgrl.networks import NetworkConfig, OffPolicyNetworkConfig, PolicyConfig
@@ -33,6 +44,8 @@ HEADINGS: dict[str, type] = {
     "Networks with replay: `algo.network.*`": OffPolicyNetworkConfig,
     "DDPG": DDPGConfig,
     "SAC": SACConfig,
+    "DPG": DPGConfig,
+    "DPG's network: `algo.network.*`": DPGNetworkConfig,
 }
 
 

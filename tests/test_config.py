@@ -53,6 +53,7 @@ IDLE = {
     "algo.clip_grad_per_network": "algo.clip_grad_per_network=true algo.max_grad_norm=null",
     "algo.kl_coef_target": "algo.kl_coef_target=0.02",
     "algo.rms_prop_alpha": "algo.rms_prop_alpha=0.9 algo=a2c algo.optimizer=adam",
+    "algo.network.activation": "algo.network.activation=relu algo=dpg env=Pendulum-v1",
     "algo.network.policy_gain": "algo.network.policy_gain=1 algo.network.init=xavier",
     "algo.network.value_gain": "algo.network.value_gain=2 algo.network.init=xavier",
     "algo.policy.log_std_init": "algo.policy.log_std_init=-1 algo.policy.distribution=beta",
@@ -173,8 +174,9 @@ PLAIN = [path for path in TUNED if set(tree_of(path)) == {"defaults"}]  # only t
 
 @pytest.mark.parametrize("path", [path for path in TUNED if path not in PLAIN[1:]], ids=str)
 def test_tuned_file_composes(path: Path) -> None:
-    tuned = config.checked([f"algo={path.parent}", f"env={path.stem}"])
-    assert schema.algo_name(tuned.algo) == str(path.parent) and tuned.env.id == path.stem
+    algo, _, env = str(path.with_suffix("")).partition("/")
+    tuned = config.checked([f"algo={algo}", f"env={env}"])
+    assert schema.algo_name(tuned.algo) == algo and tuned.env.id == env
 
 
 def test_tuned_files_take_others_that_exist_and_v5_those_of_v4() -> None:
@@ -187,7 +189,7 @@ def test_tuned_files_take_others_that_exist_and_v5_those_of_v4() -> None:
 
 @pytest.mark.parametrize("path", TUNED, ids=str)
 def test_tuned_files_repeat_no_default(path: Path) -> None:
-    tree, keys = tree_of(path), schema.keys(RunConfig, schema.ALGOS[str(path.parent)])
+    tree, keys = tree_of(path), schema.keys(RunConfig, schema.ALGOS[path.parts[0]])
     alone = tree.pop("defaults", None) is None
     for key in composition.flat(tree, keys):
         value: Any = tree

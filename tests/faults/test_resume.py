@@ -31,11 +31,13 @@ CASES = {
     "trpo-classic": ["algo=trpo", "env=CartPole-v1", "total_timesteps=24576", "num_envs=4", "algo.num_steps=64"],
     "trpo-mujoco": ["algo=trpo", "env=HalfCheetah-v4", "total_timesteps=8192", "num_envs=2", "algo.num_steps=128"],
     "trpo-box2d": ["algo=trpo", "env=LunarLander-v3", "total_timesteps=16384", "num_envs=4", "algo.num_steps=128"],
+    "dpg-linear": ["algo=dpg", "env=pgrl/LinearQuadratic-v0", "total_timesteps=24000", "num_envs=8"],
 }
 COMMON = {
     "ppo": ["algo.update_epochs=4", "algo.num_minibatches=4", "algo.norm_obs=true", "algo.norm_reward=true"],
     "a2c": ["algo.norm_obs=true", "algo.norm_reward=true"],
     "reinforce": ["algo.num_steps=500", "algo.num_minibatches=10", "algo.norm_obs=true", "algo.norm_reward=true"],
+    "dpg": ["algo.num_steps=2", "algo.network.hidden_sizes=[8]"],
     **dict.fromkeys(
         ("npg", "trpo"),
         ["algo.num_minibatches=4", "algo.norm_obs=true", "algo.norm_reward=true", "algo.fisher_fraction=0.5"],
@@ -126,7 +128,9 @@ def interrupted(run_dir: Path, args: list[str], kills: int, seed: int, longest: 
     return hits
 
 
-@pytest.mark.parametrize("case", ["ppo-classic", "a2c-box2d", "ppo-mujoco", "reinforce-classic", "trpo-mujoco"])
+@pytest.mark.parametrize(
+    "case", ["ppo-classic", "a2c-box2d", "ppo-mujoco", "reinforce-classic", "trpo-mujoco", "dpg-linear"]
+)
 def test_killed_run_resumes_bit_for_bit(case: str, tmp_path: Path) -> None:
     finish(start(*arguments(case), f"run_dir={tmp_path / 'whole'}"))
     hits = interrupted(tmp_path / "killed", arguments(case), 2, seed=1, longest=1.0, how=signal.SIGKILL)

@@ -4,6 +4,7 @@ from pgrl.agents.a2c import A2C, A2CConfig
 from pgrl.agents.a3c import A3C, A3CConfig
 from pgrl.agents.base import Agent, Setting
 from pgrl.agents.ddpg import DDPG, DDPGConfig
+from pgrl.agents.dpg import DPG, DPGConfig
 from pgrl.agents.npg import NPG, NPGConfig
 from pgrl.agents.ppo import PPO, PPOConfig
 from pgrl.agents.reinforce import REINFORCE, REINFORCEConfig
@@ -17,6 +18,7 @@ AGENTS: dict[type, type[Agent]] = {
     NPGConfig: NPG,
     TRPOConfig: TRPO,
     PPOConfig: PPO,
+    DPGConfig: DPG,
     DDPGConfig: DDPG,
     SACConfig: SAC,
 }
@@ -26,6 +28,7 @@ __all__ = [
     "A3C",
     "AGENTS",
     "DDPG",
+    "DPG",
     "NPG",
     "PPO",
     "REINFORCE",
@@ -35,6 +38,7 @@ __all__ = [
     "A3CConfig",
     "Agent",
     "DDPGConfig",
+    "DPGConfig",
     "NPGConfig",
     "PPOConfig",
     "REINFORCEConfig",

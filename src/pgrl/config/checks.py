@@ -33,6 +33,11 @@ def values_states(algo: Any) -> bool:
     return getattr(algo, "baseline", "value") == "value"
 
 
+def has_layers(network: Any) -> bool:
+    """Whether an MLP of the network has hidden layers, of whatever kind its body is."""
+    return bool(network.hidden_sizes or getattr(network, "value_hidden_sizes", None))
+
+
 # By the dotted name, for every algorithm that has the key; the function is asked about the run's configuration.
 NEEDS: dict[str, Needs] = {
     "algo.n_step": Needs(lambda c: getattr(c.algo, "advantage", "n_step") == "n_step", "algo.advantage=n_step"),
@@ -51,6 +56,7 @@ NEEDS: dict[str, Needs] = {
     "algo.rms_prop_alpha": Needs(
         lambda c: getattr(c.algo, "optimizer", "rmsprop") == "rmsprop", "algo.optimizer=rmsprop"
     ),
+    "algo.network.activation": Needs(lambda c: has_layers(c.algo.network), "algo.network.hidden_sizes=[64]"),
     "algo.network.policy_gain": Needs(lambda c: c.algo.network.init == "orthogonal", "algo.network.init=orthogonal"),
     "algo.network.value_gain": Needs(lambda c: c.algo.network.init == "orthogonal", "algo.network.init=orthogonal"),
     "algo.policy.log_std_init": Needs(
@@ -112,8 +118,8 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(
         "learning_rate value_learning_rate adaptive_lr_kl adam_eps opt_eps max_grad_norm clip_coef clip_coef_high "
         "vf_clip_coef target_kl kl_coef kl_coef_target clip_obs clip_reward policy_gain value_gain max_kl "
-        "step_size utd_ratio actor_lr critic_lr alpha alpha_init alpha_lr noise_std target_noise target_noise_clip "
-        "per_alpha".split(),
+        "step_size utd_ratio actor_lr critic_lr advantage_lr value_lr alpha alpha_init alpha_lr noise_std target_noise "
+        "target_noise_clip per_alpha".split(),
         POSITIVE,
     ),
     **dict.fromkeys(("gamma", "gae_lambda", "per_beta", "ou_theta"), SHARE),
@@ -203,6 +209,8 @@ def wrong_together(config: RunConfig) -> Iterator[Problem]:
     if algo.get("baseline") in OVER_ENVS and config.num_envs == 1:
         why = f"leaves algo.baseline={algo['baseline']}, which averages over the other envs, none of them"
         yield Problem("num_envs", 1, why, ("num_envs=4",))
+    if config.compile and schema.algo_name(config.algo) == "dpg":
+        yield Problem("compile", True, "algo=dpg has no loss whose step could be compiled", ("compile=false",))
     network = algo.get("network")
     if getattr(network, "shared", False) and network.value_hidden_sizes is not None:
         why = "does nothing where algo.network.shared=true gives both networks one body"
