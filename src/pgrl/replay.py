@@ -14,13 +14,14 @@ import struct
 import weakref
 from collections.abc import Iterator
 from functools import cache
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import gymnasium.spaces as spaces
 import torch
 from torch import Generator, Tensor
 
 from pgrl.data import Transition, action_rows, restore_generator
+from pgrl.rows import Rows
 
 # A link is 2 * entry + terminated where an episode ended, and -2 - 2 * entry elsewhere, entry being the next one to
 # come. Entries are numbered in order of time and env, modulo ENTRIES, so that a link fits 32 bits. So the link of the
@@ -442,25 +443,6 @@ def differ(a: Tensor, b: Tensor, lead: int) -> Tensor:
     return (a != b).reshape(*a.shape[:lead], -1).any(-1)
 
 
-@runtime_checkable
-class Rows(Protocol):
-    """Rows that are saved beside a state, in numbered segments; what `pgrl.checkpoint` asks of them, and gives back."""
-
-    @property
-    def info(self) -> dict[str, Any]:
-        """What else it takes to load them."""
-
-    @property
-    def saved(self) -> dict[int, str]:
-        """The checksums of final segments that have been saved."""
-
-    def segments(self) -> dict[int, bool]:
-        """The numbers of the segments, ascending, and whether each is final: the same in all later states."""
-
-    def read(self, number: int) -> bytes:
-        """A segment: first time and the time after its last (int64), the rows, the ends that they name in order."""
-
-
 class Snapshot:
     """The rows that a buffer held at one moment, while the buffer goes on.
 
@@ -489,7 +471,7 @@ class Snapshot:
         return {number: (number + 1) * length < self.time for number in numbers}
 
     def read(self, number: int) -> bytes:
-        """The rows of a segment that were held."""
+        """A segment: its first time and the time after its last (int64), the rows, and the ends that they name."""
         assert self.rows is not None
         shape = self.layout
         first = max(self.first, number * shape.segment)
