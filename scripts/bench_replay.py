@@ -54,7 +54,7 @@ def measure(capacity: int, batch_size: int, num_envs: int, n_step: int, prioriti
     while len(buffer) < buffer.layout.capacity * num_envs:
         buffer.add(block)
     rows = iter([Transition(*(x[t : t + 1] for x in block)) for t in range(10 * EPISODE)])
-    size = nbytes(capacity, num_envs, OBS, ACTION, prioritised)
+    size = nbytes(capacity, num_envs, OBS, ACTION, n_step, prioritised)
     lines = [f"n_step={n_step}, {'uniform' if prioritised is None else 'prioritised'}: {size / 1e6:.1f} MB"]
     lines.append(f"  sample({batch_size})             {timed(lambda: buffer.sample(batch_size))}")
     lines.append(f"  add, {num_envs} env(s), one step  {timed(lambda: buffer.add(next(rows)), 1000)}")

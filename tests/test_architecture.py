@@ -24,18 +24,19 @@ LAYERS = (
     ("config", "logger"),
     ("checkpoint", "theory"),
     ("agents", "envs"),
-    ("acting",),
-    ("networks", "normalisers", "replay", "data", "optim"),
-    ("flat", "functional", "trust_region", "distributions", "signals", "env_ids", "errors"),
+    ("acting", "replay"),
+    ("networks", "normalisers", "data", "optim"),
+    ("flat", "functional", "trust_region", "distributions", "signals", "env_ids", "errors", "memory", "rows"),
 )
 ENTRY = {"train": {"pgrl"}}  # `python -m pgrl.train` runs the package's command line
 RANK = {module: i for i, layer in enumerate(LAYERS) for module in layer}
 
 PURE = ("functional", "trust_region", "distributions")  # torch and the standard library alone
 ALL_OF_PGRL = {  # for those that import still less of pgrl than their row allows
-    **dict.fromkeys((*PURE, "data", "flat", "signals", "env_ids", "errors"), set[str]()),
+    **dict.fromkeys((*PURE, "data", "flat", "signals", "env_ids", "errors", "memory", "rows"), set[str]()),
     "optim": {"flat"},
-    "checkpoint": {"errors"},
+    "checkpoint": {"errors", "rows"},
+    "replay": {"data", "rows"},
     "logger": {"checkpoint", "errors"},
 }
 ONLY_IN = {

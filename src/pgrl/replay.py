@@ -1,23 +1,27 @@
 """Experience replay: a ring of transitions, sampled uniformly or by priority, whose state is cheap to keep and to save.
 
-A transition is a row of bytes: observation, action, reward and a link. The rows of B envs at one time lie side by side,
-and the times form a ring, so that what follows a row is the observation of the row B further on. One row time more than
-the ring holds is the head: it has the observations that the newest rows led to. Only where an episode ended does a
-transition lead elsewhere; the link then names an entry of a second, small ring, the ends.
+A transition is a row of bytes: observation, action, reward, discount and a link. Each env has a ring of rows in the
+order of time, so what a transition led to is the observation of the next row, and one copy of the row and its n
+followers is all that a sample needs. The ring has a row more than it holds: its head, with the observation that the
+newest row led to. Only where an episode ended does a transition lead elsewhere; the link then names an entry of a
+second, small ring, the ends.
 """
 
 from __future__ import annotations
 
+import math
 import struct
 import weakref
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from functools import cache
+from typing import Any, NamedTuple
 
 import gymnasium.spaces as spaces
 import torch
 from torch import Generator, Tensor
 
 from pgrl.data import Transition, action_rows, restore_generator
+from pgrl.rows import Rows
 
 # A link is 2 * entry + terminated where an episode ended, and -2 - 2 * entry elsewhere, entry being the next one to
 # come. Entries are numbered in order of time and env, modulo ENTRIES, so that a link fits 32 bits. So the link of the
@@ -61,9 +65,9 @@ class Layout(NamedTuple):
     action_shape: tuple[int, ...]
     action_dtype: torch.dtype  # as stored: float32 or int32
     action_at: int
-    reward_at: int
-    link_at: int
+    reward_at: int  # then the discount, gamma or 0, and the link
     width: int  # bytes
+    n_step: int
 
     @property
     def size(self) -> int:
@@ -71,12 +75,19 @@ class Layout(NamedTuple):
         return self.capacity + 1
 
     @property
+    def length(self) -> int:
+        """Rows of an env: the ring, and its first n rows once more, so that n rows follow every row."""
+        return self.size + self.n_step
+
+    @property
     def segment(self) -> int:
         """Times in a segment of a checkpoint."""
         return max(-(-self.capacity // SEGMENTS), -(-SEGMENT_BYTES // (self.num_envs * self.width)))
 
 
-def layout(capacity: int, num_envs: int, obs_space: spaces.Box, action_space: spaces.Space[Any]) -> Layout:
+def layout(
+    capacity: int, num_envs: int, obs_space: spaces.Box, action_space: spaces.Space[Any], n_step: int = 1
+) -> Layout:
     """The layout for `capacity` transitions of `num_envs` envs, rounded down to whole times, but at least one."""
     obs_dtype = torch.uint8 if obs_space.dtype == "uint8" else torch.float32
     obs_bytes = torch.Size(obs_space.shape).numel() * obs_dtype.itemsize
@@ -88,7 +99,7 @@ def layout(capacity: int, num_envs: int, obs_space: spaces.Box, action_space: sp
     times = max(1, capacity // num_envs)
     return Layout(
         *(times, num_envs, obs_space.shape, obs_dtype, obs_bytes, shape, dtype),
-        *(action_at, reward_at, reward_at + 4, reward_at + 8),
+        *(action_at, reward_at, reward_at + 12, n_step),
     )
 
 
@@ -97,21 +108,34 @@ def nbytes(
     num_envs: int,
     obs_space: spaces.Box,
     action_space: spaces.Space[Any],
+    n_step: int = 1,
     prioritised: Priority | None = None,
 ) -> int:
     """The bytes that a buffer allocates at its first transition.
 
     Later only the ends may take more, an observation for each episode's end that is held and at most four times that.
     """
-    shape = layout(capacity, num_envs, obs_space, action_space)
-    tree = 0 if prioritised is None else 8 * sum(tree_sizes(shape.size * num_envs))
-    return shape.size * num_envs * shape.width + FEWEST_ENDS * shape.obs_bytes + tree
+    shape = layout(capacity, num_envs, obs_space, action_space, n_step)
+    rows = shape.num_envs * shape.length
+    tree = 0 if prioritised is None else 8 * sum(tree_sizes(rows))
+    return rows * shape.width + FEWEST_ENDS * shape.obs_bytes + tree
 
 
 def field(rows: Tensor, at: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """What lies from byte `at` on in rows [..., width], as [..., *shape]: a view."""
     size = torch.Size(shape).numel() * dtype.itemsize
     return rows[..., at : at + size].view(dtype).view(*rows.shape[:-1], *shape)
+
+
+def columns(data: Tensor, at: int, shape: tuple[int, ...]) -> Tensor:
+    """Columns of contiguous data [N, width] from `at` on, as [N, *shape]: a view, in one operation."""
+    return data.as_strided((len(data), *shape), (data.shape[1], *strides(shape)), at)
+
+
+@cache
+def strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Those of a contiguous tensor of this shape."""
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
 class ReplayBuffer:
@@ -134,19 +158,17 @@ class ReplayBuffer:
         n_step: int = 1,
         prioritised: Priority | None = None,
     ) -> None:
-        self.layout = layout(capacity, num_envs, obs_space, action_space)
+        self.layout = layout(capacity, num_envs, obs_space, action_space, n_step)
         self.gamma, self.n_step, self.prioritised = gamma, n_step, prioritised
         self._device, self._generator = device, generator
         self._first, self._time = 0, 0  # the times first .. time - 1 are held, numbered from the run's start
-        self._rows: Tensor | None = None  # uint8 [size * B, width]
+        self._rows: Tensor | None = None  # uint8 [length, B, width]; in memory env by env
         self._ends = torch.empty(0)  # uint8 [a power of two, obs_bytes]; entry e is at e modulo its length
         self._first_end, self._next_end = 0, 0  # the first that may be live, and the next; not reduced
         self._tree: SumTree | None = None
         self._snapshots: list[weakref.ref[Snapshot]] = []
         self._saved: dict[int, str] = {}
-        self._discounts = torch.tensor([gamma, 0.0], device=device)
-        self._powers = torch.tensor([gamma**k for k in range(n_step + 1)], device=device)
-        self._steps = torch.arange(n_step, device=device) * num_envs
+        self._powers = torch.tensor([gamma**k for k in range(n_step)], device=device)
 
     def __len__(self) -> int:
         """Transitions held."""
@@ -157,7 +179,6 @@ class ReplayBuffer:
         """Transitions ever added."""
         return self._time * self.layout.num_envs
 
-    @torch.no_grad()
     def add(self, rollout: Transition) -> None:
         """Append a rollout [T, B, ...]; the oldest transitions make room.
 
@@ -190,25 +211,42 @@ class ReplayBuffer:
         self._obs[rows] = block.obs
         self._action[rows] = block.action
         self._reward[rows] = block.reward
+        self._discount[rows] = torch.where(block.terminated, 0.0, self.gamma)
         self._link[rows] = link
         self._obs[head] = block.next_obs[-1]
+        self._repeat(slot, slot + steps)
+        self._repeat(head, head + 1)
         if self._tree is not None:
-            self._tree.add(slot * shape.num_envs, (slot + steps) * shape.num_envs)
-            self._tree.remove(head * shape.num_envs, (head + 1) * shape.num_envs)
+            times = torch.arange(slot, slot + steps, device=self._device)
+            self._tree.replace(self._index(times), self._index(torch.tensor([head], device=self._device)))
         self._first, self._time = first, stop
 
     def _allocate(self) -> Tensor:
         shape, device = self.layout, self._device
-        rows = torch.zeros((shape.size * shape.num_envs, shape.width), dtype=torch.uint8, device=device)
+        memory = torch.zeros((shape.num_envs * shape.length, shape.width), dtype=torch.uint8, device=device)
         self._ends = torch.zeros((FEWEST_ENDS, shape.obs_bytes), dtype=torch.uint8, device=device)
-        self._tree = None if self.prioritised is None else SumTree(len(rows), device)
-        by_time = rows.view(shape.size, shape.num_envs, shape.width)
-        self._obs = field(by_time, 0, shape.obs_shape, shape.obs_dtype)
-        self._action = field(by_time, shape.action_at, shape.action_shape, shape.action_dtype)
-        self._reward = field(by_time, shape.reward_at, (), torch.float32)
-        self._link = field(by_time, shape.link_at, (), torch.int32)
+        self._tree = None if self.prioritised is None else SumTree(len(memory), device)
+        following = (len(memory) - shape.n_step, (shape.n_step + 1) * shape.width)
+        self._windows = memory.as_strided(following, (shape.width, 1))
+        rows = memory.view(shape.num_envs, shape.length, shape.width).transpose(0, 1)
+        self._obs = field(rows, 0, shape.obs_shape, shape.obs_dtype)
+        self._action = field(rows, shape.action_at, shape.action_shape, shape.action_dtype)
+        self._reward = field(rows, shape.reward_at, (), torch.float32)
+        self._discount = field(rows, shape.reward_at + 4, (), torch.float32)
+        self._link = field(rows, shape.reward_at + 8, (), torch.int32)
         self._rows = rows
         return rows
+
+    def _repeat(self, slot: int, stop: int) -> None:
+        """Copy those of the slots slot .. stop - 1 that are among the first n to where they stand once more."""
+        stop = min(stop, self.layout.n_step)
+        if slot < stop and self._rows is not None:
+            self._rows[self.layout.size + slot : self.layout.size + stop] = self._rows[slot:stop]
+
+    def _index(self, slots: Tensor) -> Tensor:
+        """The numbers of the rows of all envs at slots [n]: [B * n]."""
+        envs = torch.arange(self.layout.num_envs, device=self._device) * self.layout.length
+        return (envs.unsqueeze(1) + slots).flatten()
 
     def _linked(self, ended: Tensor, terminated: Tensor) -> tuple[Tensor, int]:
         """The links of new rows, int32 in the shape of `ended`, and the number of entries that they name."""
@@ -255,77 +293,78 @@ class ReplayBuffer:
             return
         # The entries of one time are consecutive: those that it has are stored anew.
         ended = differs | (link >= 0)
-        slots = torch.arange(last * len(link), (last + 1) * len(link), device=self._device)
-        successors = self._followers(slots, link)
+        successors = self._obs[self._time % self.layout.size].clone()
+        self._lead_elsewhere(successors, link)
         links, _ = self._linked(ended, (link & 1).bool())
         self._store(successors[ended], self._first)
         self._keep(self._time - 1, self._time)
         self._link[last] = links
+        self._repeat(last, last + 1)
 
-    def _followers(self, slots: Tensor, link: Tensor) -> Tensor:
-        """What the rows [N] with these links led to, [N, *obs]."""
-        assert self._rows is not None
-        shape = self.layout
-        after = (slots + shape.num_envs).remainder_(len(self._rows))
-        obs = field(self._rows.index_select(0, after), 0, shape.obs_shape, shape.obs_dtype)
-        at = (link >= 0).nonzero().squeeze(1)
-        if len(at):
+    def _lead_elsewhere(self, obs: Tensor, link: Tensor) -> None:
+        """Put the ends in the place of those obs [N, *obs] that rows with these links [N] did not lead to."""
+        if link.amax().item() >= 0:
+            at = (link >= 0).nonzero().squeeze(1)
             ends = self._ends.index_select(0, (link[at] >> 1) % len(self._ends))
-            obs[at] = field(ends, 0, shape.obs_shape, shape.obs_dtype)
-        return obs
+            obs[at] = field(ends, 0, self.layout.obs_shape, self.layout.obs_dtype)
 
-    @torch.no_grad()
     def sample(self, batch_size: int, beta: float = 1.0) -> Batch:
         """`batch_size` transitions with replacement: uniformly, or by priority with the importance weights.
 
         By priority: one sample from each of N equal parts of the sum of all p_i (stratified), and the weights
         (len * p_i / sum)^-beta over their maximum; Schaul et al. 2016 (arXiv 1511.05952), section 3.4 and algorithm 1.
         """
-        if not len(self):
+        shape, device, generator = self.layout, self._device, self._generator
+        held, start = self._time - self._first, self._first % shape.size
+        if not held:
             raise ValueError("an empty buffer has nothing to sample")
-        if self._tree is None:
-            size = self.layout.size * self.layout.num_envs
-            index = torch.randint(len(self), (batch_size,), generator=self._generator, device=self._device)
-            start = self._first % self.layout.size * self.layout.num_envs
-            if start:
-                index.add_(start).remainder_(size)
-            weight = torch.ones(batch_size, device=self._device)
-        else:
-            u = torch.rand(batch_size, dtype=torch.float64, generator=self._generator, device=self._device)
-            index, share = self._tree.find((u + torch.arange(batch_size, device=self._device)) / batch_size)
+        if self._tree is not None:
+            u = torch.rand(batch_size, dtype=torch.float64, generator=generator, device=device)
+            index, share = self._tree.find((u + torch.arange(batch_size, device=device)) / batch_size)
             weight = (len(self) * share) ** -beta
-            weight = (weight / weight.max()).float()
-        return self._batch(index, weight)
+            return self._batch(index, (weight / weight.max()).float())
+        index = torch.randint(held, (batch_size,), generator=generator, device=device)
+        if start:
+            index.add_(start).remainder_(shape.size)
+        if shape.num_envs > 1:
+            env = torch.randint(shape.num_envs, (batch_size,), generator=generator, device=device)
+            index.add_(env, alpha=shape.length)
+        return self._batch(index, torch.ones(batch_size, device=device))
 
     def _batch(self, index: Tensor, weight: Tensor) -> Batch:
-        assert self._rows is not None
-        shape = self.layout
-        rows = self._rows.index_select(0, index)
-        obs = field(rows, 0, shape.obs_shape, shape.obs_dtype)
-        action = field(rows, shape.action_at, shape.action_shape, shape.action_dtype)
-        if not action.is_floating_point():
-            action = action.long()
-        if self.n_step == 1:
-            reward = field(rows, shape.reward_at, (), torch.float32)
-            link = field(rows, shape.link_at, (), torch.int32)
-            discount = self._discounts.index_select(0, ended_by_termination(link))
-            return Batch(obs, action, reward, self._followers(index, link), discount, weight, index)
-        slots = (index.unsqueeze(1) + self._steps).remainder_(len(self._rows))  # [N, n]
-        after = self._rows[:, shape.reward_at :].index_select(0, slots.flatten()).view(*slots.shape, -1)
-        rewards = field(after, 0, (), torch.float32)
-        links = field(after, 4, (), torch.int32)
-        newest = (self._time - 1) % shape.size
-        last = (links >= 0) | (slots.div(shape.num_envs, rounding_mode="floor") == newest)
-        last[:, -1] = True
-        taken = (last.cumsum(1) - last.long()) == 0  # up to and with the first that is the last
-        reward = rewards.mul(self._powers[:-1]).masked_fill_(~taken, 0.0).sum(1)
-        steps = taken.sum(1)
-        at = (steps - 1).unsqueeze(1)
-        slot, link = slots.gather(1, at).squeeze(1), links.gather(1, at).squeeze(1)
-        discount = self._powers.index_select(0, steps).masked_fill_(ended_by_termination(link).bool(), 0.0)
-        return Batch(obs, action, reward, self._followers(slot, link), discount, weight, index)
+        shape, n = self.layout, self.layout.n_step
+        rows = self._windows.index_select(0, index)  # [N, (n + 1) * width], which the batch's tensors are views of
+        floats = rows.view(torch.float32)
+        ints = rows.view(torch.int32)
+        source = rows if shape.obs_dtype == torch.uint8 else floats
+        width, at = shape.width // 4, shape.reward_at // 4
+        obs = columns(source, 0, shape.obs_shape)
+        if shape.action_dtype == torch.float32:
+            action = columns(floats, shape.action_at // 4, shape.action_shape)
+        else:
+            action = columns(ints, shape.action_at // 4, shape.action_shape).long()
+        if n == 1:
+            reward, discount = columns(floats, at, ()), columns(floats, at + 1, ())
+            link = columns(ints, at + 2, ())
+            next_obs = columns(source, source.shape[1] // 2, shape.obs_shape)
+        else:
+            rewards, discounts, links = (x.view(-1, n + 1, width)[:, :n] for x in (floats, floats, ints))
+            rewards, discounts, links = rewards[..., at], discounts[..., at + 1], links[..., at + 2]
+            age = (index % shape.length - self._first % shape.size) % shape.size
+            left = (self._time - self._first - age).unsqueeze(1)
+            ended = (links >= 0).long()
+            taken = (ended.cumsum(1) == ended) & (torch.arange(n, device=index.device) < left)
+            steps = taken.sum(1, keepdim=True)
+            last = steps - 1
+            reward = (rewards * self._powers).masked_fill_(~taken, 0.0).sum(1)
+            discount = discounts.gather(1, last).squeeze(1) * self._powers[last.squeeze(1)]
+            link = links.gather(1, last).squeeze(1)
+            following = columns(source, 0, (n + 1, source.shape[1] // (n + 1)))
+            next_obs = following[torch.arange(len(index), device=index.device), steps.squeeze(1)]
+            next_obs = columns(next_obs, 0, shape.obs_shape)
+        self._lead_elsewhere(next_obs, link)
+        return Batch(obs, action, reward, next_obs, discount, weight, index)
 
-    @torch.no_grad()
     def update_priorities(self, index: Tensor, td_error: Tensor) -> None:
         """Give the transitions of the last sample, `index` [N], the priorities of their TD errors [N]."""
         if self._tree is None or self.prioritised is None:
@@ -349,7 +388,6 @@ class ReplayBuffer:
             "generator": self._generator.get_state(),
         }
 
-    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state; where it comes without rows, with an empty buffer that has counted as far."""
         restore_generator(self._generator, state["generator"])
@@ -367,14 +405,15 @@ class ReplayBuffer:
         self._next_end = told["next_end"]
         for first, block, ends in held(rows):
             slots = torch.arange(first, first + len(block)).to(self._device) % shape.size
-            memory.view(shape.size, -1)[slots] = block.flatten(1).to(self._device)
-            link = field(block, shape.link_at, (), torch.int32)
+            memory[slots] = block.to(self._device)
+            link = field(block, shape.width - 4, (), torch.int32)
             if first == told["first"]:
                 self._first_end = self._entry_before(first)
                 if self._next_end - self._first_end > len(self._ends):
                     self._grow(self._next_end - self._first_end)
             self._ends[(link[link >= 0] >> 1).to(self._device) % len(self._ends)] = ends.to(self._device)
         self._obs[self._time % shape.size] = state["head"].to(self._device)
+        self._repeat(0, shape.size)
         if self._tree is not None:
             self._tree.load_state_dict(state["priorities"])
         self._first = told["first"]
@@ -396,36 +435,12 @@ class ReplayBuffer:
             start, end = max(first, snapshot.first), min(stop, snapshot.time)
             if start < end and snapshot.rows is not None:
                 slots = torch.arange(start, end, device=self._device) % self.layout.size
-                snapshot.kept.append((slots, snapshot.rows.view(self.layout.size, -1)[slots]))
+                snapshot.kept.append((slots, snapshot.rows.index_select(0, slots)))
 
 
 def differ(a: Tensor, b: Tensor, lead: int) -> Tensor:
     """Which observations are not equal; the first `lead` dimensions tell them apart."""
     return (a != b).reshape(*a.shape[:lead], -1).any(-1)
-
-
-def ended_by_termination(link: Tensor) -> Tensor:
-    """1 where a row with this link terminated its episode, otherwise 0."""
-    return link & 1  # the links of rows that do not end are even
-
-
-@runtime_checkable
-class Rows(Protocol):
-    """Rows that are saved beside a state, in numbered segments; what `pgrl.checkpoint` asks of them, and gives back."""
-
-    @property
-    def info(self) -> dict[str, Any]:
-        """What else it takes to load them."""
-
-    @property
-    def saved(self) -> dict[int, str]:
-        """The checksums of final segments that have been saved."""
-
-    def segments(self) -> dict[int, bool]:
-        """The numbers of the segments, ascending, and whether each is final: the same in all later states."""
-
-    def read(self, number: int) -> bytes:
-        """A segment: first time and the time after its last (int64), the rows, the ends that they name in order."""
 
 
 class Snapshot:
@@ -438,7 +453,7 @@ class Snapshot:
         self.layout, self.rows, self.ends = buffer.layout, buffer._rows, buffer._ends
         self.first, self.time, self.next_end = buffer._first, buffer._time, buffer._next_end
         self.saved = buffer._saved  # the buffer's own, so that the next snapshot knows it too
-        self.kept: list[tuple[Tensor, Tensor]] = []  # slots of times [n], and what was there, [n, B * width]
+        self.kept: list[tuple[Tensor, Tensor]] = []  # slots [n], and what was there, [n, B, width]
         self.kept_ends: list[tuple[Tensor, Tensor]] = []  # slots of ends [n], and what was there, [n, obs_bytes]
 
     @property
@@ -456,13 +471,13 @@ class Snapshot:
         return {number: (number + 1) * length < self.time for number in numbers}
 
     def read(self, number: int) -> bytes:
-        """The rows of a segment that were held."""
+        """A segment: its first time and the time after its last (int64), the rows, and the ends that they name."""
         assert self.rows is not None
         shape = self.layout
         first = max(self.first, number * shape.segment)
         stop = min(self.time, (number + 1) * shape.segment)
-        block = as_it_was(self.rows.view(shape.size, -1), torch.arange(first, stop) % shape.size, self.kept)
-        link = field(block.view(-1, shape.width), shape.link_at, (), torch.int32)
+        block = as_it_was(self.rows, torch.arange(first, stop) % shape.size, self.kept)
+        link = field(block, shape.width - 4, (), torch.int32)
         ends = as_it_was(self.ends, (link[link >= 0] >> 1) % len(self.ends), self.kept_ends)
         return struct.pack("<qq", first, stop) + block.numpy().tobytes() + ends.numpy().tobytes()
 
@@ -492,7 +507,7 @@ class Copied:
 
 
 def as_it_was(memory: Tensor, slots: Tensor, kept: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """`memory` [size, width] at `slots` [n] before what was there was `kept`: [n, width] in host memory."""
+    """`memory` [size, ...] at `slots` [n] before what was there was `kept`: [n, ...] in host memory."""
     block = memory.index_select(0, slots.to(memory.device)).cpu()
     place = {slot: i for i, slot in enumerate(slots.tolist())}
     for changed, before in reversed(kept):  # of many changes the first tells what was there
@@ -562,15 +577,11 @@ class SumTree:
         self.levels = self.nodes.split(sizes)  # from the leaves up
         self.highest = torch.ones((), dtype=torch.float64, device=device)  # priority so far, for what is new
 
-    def add(self, first: int, stop: int) -> None:
-        """Give the leaves first .. stop - 1 the highest priority that any had."""
-        self.levels[0][first:stop] = self.highest
-        self._sum(torch.arange(first, stop, device=self.nodes.device))
-
-    def remove(self, first: int, stop: int) -> None:
-        """Empty the leaves first .. stop - 1."""
-        self.levels[0][first:stop] = 0.0
-        self._sum(torch.arange(first, stop, device=self.nodes.device))
+    def replace(self, new: Tensor, removed: Tensor) -> None:
+        """Give the leaves `new` [N] the highest priority that any had, and empty the leaves `removed` [M]."""
+        self.levels[0][new] = self.highest
+        self.levels[0][removed] = 0.0
+        self._sum(torch.cat((new, removed)))
 
     def set(self, index: Tensor, priority: Tensor) -> None:
         """Change the leaves `index` [N], but for empty ones; of several priorities of one leaf the highest counts."""
@@ -583,19 +594,19 @@ class SumTree:
     def _sum(self, index: Tensor) -> None:
         for below, above in zip(self.levels[:-1], self.levels[1:], strict=True):
             index = index.div(FAN, rounding_mode="floor")
-            above[index] = below.view(-1, FAN)[index].sum(1)
+            above[index] = below.view(-1, FAN).index_select(0, index).sum(1)
 
     def find(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """The leaves that the shares u [N] in [0, 1) of the sum fall on, and the share of the sum that each has."""
         total = self.levels[-1].sum()
-        u, index = u * total, torch.zeros_like(u, dtype=torch.int64)
+        u, index = (u * total).unsqueeze(1), torch.zeros_like(u, dtype=torch.int64)
         for level in reversed(self.levels):
-            sums = level.view(-1, FAN)[index].cumsum(1)
-            u = torch.minimum(u, sums[:, -1] * (1 - 2**-50))  # below the last sum: rounding must not find an empty leaf
-            child = (sums <= u.unsqueeze(1)).sum(1, keepdim=True)
+            sums = level.view(-1, FAN).index_select(0, index).cumsum(1)
+            # Below the last sum, so that rounding finds no empty leaf.
+            u = torch.minimum(u, sums[:, -1:] * (1 - 2**-50))
+            child = torch.searchsorted(sums, u, right=True)  # the first whose sum exceeds u
             before = sums.gather(1, (child - 1).clamp_(min=0)).masked_fill_(child == 0, 0.0)
-            u = u - before.squeeze(1)
-            index = FAN * index + child.squeeze(1)
+            u, index = u - before, FAN * index + child.squeeze(1)
         return index, self.levels[0][index] / total
 
     def state_dict(self) -> dict[str, Any]:

@@ -18,6 +18,8 @@ import torch
 
 from pgrl import checkpoint
 from pgrl.logger import read_rows
+from pgrl.replay import same
+from pgrl.rows import Rows
 
 CASES = {
     "ppo-classic": ["algo=ppo", "env=CartPole-v1", "total_timesteps=24576", "num_envs=4", "algo.num_steps=64"],
@@ -73,6 +75,8 @@ def equal(a: Any, b: Any) -> bool:
         return a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, np.ndarray):
         return a.dtype == b.dtype and a.tobytes() == b.tobytes()
+    if isinstance(a, Rows):
+        return isinstance(b, Rows) and same(a, b)
     return bool(a == b)
 
 
