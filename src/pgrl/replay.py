@@ -127,9 +127,9 @@ def field(rows: Tensor, at: int, shape: tuple[int, ...], dtype: torch.dtype) -> 
     return rows[..., at : at + size].view(dtype).view(*rows.shape[:-1], *shape)
 
 
-def columns(data: Tensor, at: int, shape: tuple[int, ...]) -> Tensor:
-    """Columns of contiguous data [N, width] from `at` on, as [N, *shape]: a view, in one operation."""
-    return data.as_strided((len(data), *shape), (data.shape[1], *strides(shape)), at)
+def columns(data: Tensor, count: int, width: int, at: int, shape: tuple[int, ...]) -> Tensor:
+    """Columns of contiguous data [count, width] from `at` on, as [count, *shape]: a view, in one operation."""
+    return data.as_strided((count, *shape), (width, *strides(shape)), at)
 
 
 @cache
@@ -337,16 +337,19 @@ class ReplayBuffer:
         floats = rows.view(torch.float32)
         ints = rows.view(torch.int32)
         source = rows if shape.obs_dtype == torch.uint8 else floats
-        width, at = shape.width // 4, shape.reward_at // 4
-        obs = columns(source, 0, shape.obs_shape)
+        count, width, at = weight.shape[0], shape.width // 4, shape.reward_at // 4
+        words = (n + 1) * width
+        length = words * 4 // shape.obs_dtype.itemsize  # of a row of `source`
+        obs = columns(source, count, length, 0, shape.obs_shape)
         if shape.action_dtype == torch.float32:
-            action = columns(floats, shape.action_at // 4, shape.action_shape)
+            action = columns(floats, count, words, shape.action_at // 4, shape.action_shape)
         else:
-            action = columns(ints, shape.action_at // 4, shape.action_shape).long()
+            action = columns(ints, count, words, shape.action_at // 4, shape.action_shape).long()
         if n == 1:
-            reward, discount = columns(floats, at, ()), columns(floats, at + 1, ())
-            link = columns(ints, at + 2, ())
-            next_obs = columns(source, source.shape[1] // 2, shape.obs_shape)
+            reward = columns(floats, count, words, at, ())
+            discount = columns(floats, count, words, at + 1, ())
+            link = columns(ints, count, words, at + 2, ())
+            next_obs = columns(source, count, length, length // 2, shape.obs_shape)
         else:
             rewards, discounts, links = (x.view(-1, n + 1, width)[:, :n] for x in (floats, floats, ints))
             rewards, discounts, links = rewards[..., at], discounts[..., at + 1], links[..., at + 2]
@@ -359,9 +362,9 @@ class ReplayBuffer:
             reward = (rewards * self._powers).masked_fill_(~taken, 0.0).sum(1)
             discount = discounts.gather(1, last).squeeze(1) * self._powers[last.squeeze(1)]
             link = links.gather(1, last).squeeze(1)
-            following = columns(source, 0, (n + 1, source.shape[1] // (n + 1)))
-            next_obs = following[torch.arange(len(index), device=index.device), steps.squeeze(1)]
-            next_obs = columns(next_obs, 0, shape.obs_shape)
+            following = steps.squeeze(1) + torch.arange(0, count * (n + 1), n + 1, device=index.device)
+            next_rows = source.view(count * (n + 1), -1).index_select(0, following)
+            next_obs = columns(next_rows, count, length // (n + 1), 0, shape.obs_shape)
         self._lead_elsewhere(next_obs, link)
         return Batch(obs, action, reward, next_obs, discount, weight, index)
 
