@@ -38,6 +38,8 @@ from pgrl.data import Transition, action_rows
 from pgrl.errors import UserError
 from pgrl.flat import FlatParameters
 from pgrl.normalisers import RunningNorm
+from pgrl.replay import ReplayBuffer
+from pgrl.rows import Rows
 
 ENVS = 2
 BOX = spaces.Box(np.array([-2.0, 0.0], np.float32), np.array([2.0, 1.0], np.float32))
@@ -57,6 +59,7 @@ WORLDS = {
     "multi": World(VECTOR, spaces.MultiDiscrete([2, 3])),
     "binary": World(VECTOR, spaces.MultiBinary(2)),
     "image": World(IMAGE, spaces.Discrete(3)),
+    "camera": World(IMAGE, BOX),
 }
 
 REPLAY: dict[str, Any] = {
@@ -221,6 +224,9 @@ def train(agent: Agent, world: str, updates: range = range(3)) -> list[dict[str,
 def weights(agent: Any) -> Tensor:
     """Everything that is learnt."""
     learnt = [*agent.net.parameters(), *(getattr(agent, name) for name in ("w", "v") if hasattr(agent, name))]
+    learnt += [
+        p for name in ("critics", "temperature") if hasattr(agent, name) for p in getattr(agent, name).parameters()
+    ]
     return torch.cat([p.detach().reshape(-1) for p in learnt])
 
 
@@ -696,19 +702,25 @@ def test_learning_rate_follows_the_kl() -> None:
 # --- state ---
 
 
-def snapshot(x: Any, path: str = "agent", found: dict[str, Any] | None = None, seen: set[int] | None = None) -> Any:
+def snapshot(
+    x: Any, path: str = "agent", found: dict[str, Any] | None = None, seen: dict[int, Any] | None = None
+) -> Any:
     """Everything an object holds, however deep, by path; functions, spaces and types aside."""
-    found, seen = {} if found is None else found, set() if seen is None else seen
+    found, seen = {} if found is None else found, {} if seen is None else seen
     if isinstance(x, Tensor):
         found[path] = x.detach().clone()
     elif isinstance(x, Generator):
         found[path] = x.get_state()
-    elif isinstance(x, str | int | float | bool | None):
+    elif isinstance(x, str | int | float | bool | bytes | None):
         found[path] = x
+    elif isinstance(x, ReplayBuffer):  # by its state: what it no longer holds may lie about in its memory
+        snapshot(x.state_dict(), path, found, seen)
+    elif isinstance(x, Rows):
+        snapshot({str(number): x.read(number) for number in x.segments()}, path, found, seen)
     elif id(x) in seen:
         pass
     else:
-        seen.add(id(x))
+        seen[id(x)] = x  # kept, so that no other object gets its id
         if isinstance(x, dict):
             for k, v in x.items():
                 snapshot(v, f"{path}.{k}", found, seen)
@@ -918,6 +930,27 @@ NATURAL_FLIPS: dict[str, Flip] = {
     "fisher_fraction": flip(0.25),
     "norm_adv": flip(False, damping=0.1, ent_coef=0.1),  # beside the entropy: the radius takes all other scales away
 }
+REPLAY_FLIPS: dict[str, Flip] = {
+    "gamma": flip(0.5),
+    "num_steps": flip(4),
+    "utd_ratio": flip(1.0),
+    "buffer_size": flip(16),
+    "batch_size": flip(4),
+    "learning_starts": flip(16),
+    "tau": flip(0.5),
+    "n_step": flip(3),
+    "per_alpha": flip(0.6),
+    "per_beta": flip(1.0, per_alpha=0.6),
+    "norm_obs": flip(True),
+    "clip_obs": flip(0.5, norm_obs=True),
+    "max_grad_norm": flip(0.01),
+    "actor_lr": flip(1e-3),
+    "critic_lr": flip(1e-3),
+    "policy_delay": flip(3),
+    "network.hidden_sizes": flip([32], [8, 8]),
+    "network.activation": flip("tanh", "elu", "silu", "gelu"),
+    "network.layer_norm": flip(True),
+}
 FLIPS: dict[type, dict[str, Flip]] = {
     REINFORCEConfig: {
         **SHARED_FLIPS,
@@ -971,6 +1004,24 @@ FLIPS: dict[type, dict[str, Flip]] = {
         "norm_adv": flip(True),
         "rms_prop_alpha": flip(0.5),
         "opt_eps": flip(0.1),
+    },
+    DDPGConfig: {
+        **REPLAY_FLIPS,
+        "network.body": flip("mlp", world="camera"),
+        "noise": flip("ou"),
+        "noise_std": flip(0.5),
+        "ou_theta": flip(0.9, noise="ou"),
+        "twin": flip(True),
+        "target_noise": flip(0.2),
+        "target_noise_clip": flip(0.01, target_noise=0.2),
+    },
+    SACConfig: {
+        **REPLAY_FLIPS,
+        "network.body": flip("mlp", world="image"),
+        "alpha": flip(0.05),
+        "alpha_init": flip(0.1),
+        "alpha_lr": flip(0.1),
+        "target_entropy": flip(1.0),
     },
     DPGConfig: {
         "gamma": flip(0.5, 1.0),

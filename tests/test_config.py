@@ -58,6 +58,12 @@ IDLE = {
     "algo.network.value_gain": "algo.network.value_gain=2 algo.network.init=xavier",
     "algo.policy.log_std_init": "algo.policy.log_std_init=-1 algo.policy.distribution=beta",
     "algo.policy.state_dependent_std": "algo.policy.state_dependent_std=true algo.policy.distribution=beta",
+    "algo.per_beta": "algo.per_beta=0.5 algo=sac env=Pendulum-v1",
+    "algo.ou_theta": "algo.ou_theta=0.5 algo=ddpg env=Pendulum-v1",
+    "algo.target_noise_clip": "algo.target_noise_clip=0.3 algo=ddpg env=Pendulum-v1",
+    "algo.alpha_init": "algo.alpha_init=0.5 algo=sac env=Pendulum-v1 algo.alpha=0.2",
+    "algo.alpha_lr": "algo.alpha_lr=1e-3 algo=sac env=Pendulum-v1 algo.alpha=0.2",
+    "algo.target_entropy": "algo.target_entropy=-3 algo=sac env=Pendulum-v1 algo.alpha=0.2",
     "eval_episodes": "eval_episodes=7",
 }
 
@@ -130,7 +136,15 @@ def test_choices_are_those_of_the_code() -> None:
 
 @pytest.mark.parametrize("algo", schema.ALGOS)
 def test_every_number_has_a_range_and_every_text_its_choices(algo: str) -> None:
-    free = {"ent_coef", "ent_coef_final", "log_std_init", "id", "run_dir", "resume"}  # any finite number, any text
+    free = {
+        "ent_coef",
+        "ent_coef_final",
+        "log_std_init",
+        "target_entropy",
+        "id",
+        "run_dir",
+        "resume",
+    }  # any finite number, any text
     for key, (kind, _) in schema.keys(RunConfig, schema.ALGOS[algo]).items():
         name = key.rpartition(".")[2]
         if re.match(r"int|float|str|list", kind) and name not in free:
@@ -475,7 +489,8 @@ def test_answers_without_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str
             assert config.load_run(tmp_path).seed == 5
         elif option[0] == "--help":
             named = {f.name for f in dataclasses.fields(RunConfig)} | {"tuned", "experiment", "network"}
-            assert all(f"{name}=" in text for name in named - {"algo", "env"}) and "algo=" in text
+            assert all(f"{name}=" in text or f"{name}." in text for name in named - {"algo", "env"})
+            assert "algo=" in text
             assert len(text.splitlines()) <= 40 and max(map(len, text.splitlines())) <= 110
         else:
             assert {"CartPole-v1", "Hopper-v5"} <= set(text.split()) and "Hopper-v3" not in text.split()

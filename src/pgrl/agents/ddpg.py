@@ -74,7 +74,7 @@ class DDPG(Agent):
         self.net = DeterministicPolicy(setting.obs_space, action_space, config.network).to(device)
         self.critics = Critics(1 + config.twin, setting.obs_space, action_space, config.network).to(device)
         self.target_net, self.target_critics = copy.deepcopy(self.net), copy.deepcopy(self.critics)
-        self.followers = Target(self.target_net), Target(self.target_critics)
+        self.target = Target(self.target_net, self.target_critics)
         self.obs_norm = make_obs_norm(config, setting)
         self.buffer = make_buffer(config, setting)
         self.noise = NoiseStream(self.net.noise, config.num_steps, generator(setting.seed, 0, device))
@@ -132,8 +132,7 @@ class DDPG(Agent):
         self.updates += 1
         if int(self.updates) % config.policy_delay == 0:
             metrics["losses/actor_loss"], metrics["losses/actor_grad_norm"] = self.actor_step(obs, lr[1], ())
-            for follower, net in zip(self.followers, (self.net, self.critics), strict=True):
-                follower.follow(net.parameters(), config.tau)
+            self.target.follow(self.net, self.critics, tau=config.tau)
         return metrics
 
     def critic_loss(self, batch: CriticBatch, _: tuple[()]) -> tuple[Tensor, tuple[Tensor, ...]]:

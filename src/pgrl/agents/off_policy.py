@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import gymnasium.spaces as spaces
@@ -85,17 +85,17 @@ def random_actions(space: spaces.Space, num_envs: int, generator: Generator) -> 
 
 
 class Target(FlatParameters):
-    """The parameters of a network that follows another: Lillicrap et al. 2016 (arXiv 1509.02971), algorithm 1."""
+    """The parameters of networks that follow others: Lillicrap et al. 2016 (arXiv 1509.02971), algorithm 1."""
 
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__(list(net.parameters()))
+    def __init__(self, *nets: nn.Module) -> None:
+        super().__init__([p for net in nets for p in net.parameters()])
         for p in self.parameters:
             p.requires_grad_(False)
 
     @torch.no_grad()
-    def follow(self, parameters: Iterable[Tensor], tau: float) -> None:
+    def follow(self, *nets: nn.Module, tau: float) -> None:
         """theta' <- (1 - tau) theta' + tau theta."""
-        self.vector.lerp_(flatten(list(parameters)), tau)
+        self.vector.lerp_(flatten([p for net in nets for p in net.parameters()]), tau)
 
 
 def means(steps: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

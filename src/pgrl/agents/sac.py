@@ -143,7 +143,7 @@ class SAC(Agent):
         if config.per_alpha is not None:
             self.buffer.update_priorities(sample.index, td_error)
         metrics = {"losses/qf_loss": qf_loss, "losses/qf_values": qf_values, "losses/qf_grad_norm": grad_norm}
-        self.target.follow(self.critics.parameters(), config.tau)
+        self.target.follow(self.critics, tau=config.tau)
         self.updates += 1
         if int(self.updates) % config.policy_delay == 0:
             actor_loss, entropy, grad_norm = self.actor_step(ActorBatch(obs, noise[1]), lr[1], alpha)
