@@ -493,3 +493,10 @@ def test_soft_value_is_its_definition() -> None:
     torch.testing.assert_close(torch.autograd.grad(found.sum(), alpha)[0], entropy)
     sure = torch.tensor([[0.0, -800.0, -900.0]], dtype=torch.float64).log_softmax(-1)
     torch.testing.assert_close(F.soft_value(q[:1], sure, 0.5), q[0, :1])
+
+
+def test_q_loss_is_its_definition() -> None:
+    random = torch.Generator().manual_seed(0)
+    q, target, weight = (torch.randn(*shape, generator=random) for shape in ((2, 5), (5,), (5,)))
+    errors = [sum(float(weight[n]) * float(q[k, n] - target[n]) ** 2 / 2 for n in range(5)) / 5 for k in range(2)]
+    assert float(F.q_loss(q, target, weight)) == pytest.approx(sum(errors), rel=1e-5)
