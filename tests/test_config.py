@@ -473,7 +473,8 @@ def test_answers_without_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str
             assert config.load_run(tmp_path).seed == 5
         elif option[0] == "--help":
             named = {f.name for f in dataclasses.fields(RunConfig)} | {"tuned", "experiment", "network"}
-            assert all(f"{name}=" in text for name in named - {"algo", "env"}) and "algo=" in text
+            assert all(f"{name}=" in text for name in named - {"algo", "env", "checkpoint"}) and "algo=" in text
+            assert "checkpoint.replay=" in text
             assert len(text.splitlines()) <= 40 and max(map(len, text.splitlines())) <= 110
         else:
             assert {"CartPole-v1", "Hopper-v5"} <= set(text.split()) and "Hopper-v3" not in text.split()
