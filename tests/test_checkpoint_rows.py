@@ -427,6 +427,12 @@ def test_a_run_without_the_buffer_in_its_checkpoints(tmp_path: Path, capsys: pyt
     launch.launch(replace(options, resume=str(tmp_path / "run")))
     assert capsys.readouterr().out.count("checkpoint.replay=false: a resumed run goes on with an empty") == 1
     assert final(tmp_path / "run")["replay"]["time"] == 300
+    options.checkpoint.replay = True
+    launch.launch(replace(options, total_timesteps=700, resume=str(tmp_path / "run")))
+    assert "the checkpoint has no replay buffer" in capsys.readouterr().err
+    assert checkpoint.load_newest(tmp_path / "run", pytest.fail)[1]["agent"]["replay"]["rows"].segments()
+    launch.launch(replace(options, total_timesteps=800, resume=str(tmp_path / "run")))
+    assert "the checkpoint has no replay buffer" not in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("hoarding")

@@ -58,6 +58,7 @@ IDLE = {
     "algo.network.value_gain": "algo.network.value_gain=2 algo.network.init=xavier",
     "algo.policy.log_std_init": "algo.policy.log_std_init=-1 algo.policy.distribution=beta",
     "algo.policy.state_dependent_std": "algo.policy.state_dependent_std=true algo.policy.distribution=beta",
+    "checkpoint.replay": "checkpoint.replay=false",
     "algo.per_beta": "algo.per_beta=0.5 algo=sac env=Pendulum-v1",
     "algo.ou_theta": "algo.ou_theta=0.5 algo=ddpg env=Pendulum-v1",
     "algo.target_noise_clip": "algo.target_noise_clip=0.3 algo=ddpg env=Pendulum-v1",
@@ -489,8 +490,8 @@ def test_answers_without_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str
             assert config.load_run(tmp_path).seed == 5
         elif option[0] == "--help":
             named = {f.name for f in dataclasses.fields(RunConfig)} | {"tuned", "experiment", "network"}
-            assert all(f"{name}=" in text or f"{name}." in text for name in named - {"algo", "env"})
-            assert "algo=" in text
+            assert all(f"{name}=" in text for name in named - {"algo", "env", "checkpoint"}) and "algo=" in text
+            assert "checkpoint.replay=" in text
             assert len(text.splitlines()) <= 40 and max(map(len, text.splitlines())) <= 110
         else:
             assert {"CartPole-v1", "Hopper-v5"} <= set(text.split()) and "Hopper-v3" not in text.split()

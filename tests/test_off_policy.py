@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium.spaces as spaces
 import numpy as np
@@ -220,14 +220,30 @@ def test_ddpg_is_the_paper(td3: bool) -> None:
 # --- what they do with replay ---
 
 
+class Counted(NamedTuple):
+    """A buffer of which only sizes are asked."""
+
+    count: int
+    held: int
+
+    def __len__(self) -> int:
+        return self.held
+
+
 @pytest.mark.parametrize(("ratio", "rollout"), [(1.0, 1), (0.25, 1), (0.3, 4), (4.0, 2), (2.5, 3)])
 def test_gradient_steps_keep_their_ratio(ratio: float, rollout: int) -> None:
-    config = OffPolicyConfig(learning_starts=20, utd_ratio=ratio)
+    config = OffPolicyConfig(learning_starts=20, batch_size=10, utd_ratio=ratio)
     done = 0
     for count in range(rollout, 200, rollout):
-        due = updates_due(config, count, rollout)
+        due = updates_due(config, Counted(count, count), rollout)  # type: ignore[arg-type]
         done += due
         assert done == math.floor(max(0, count - 20) * ratio) and (count > 20 or not due)
+
+
+def test_an_empty_buffer_is_filled_before_it_is_learnt_from() -> None:
+    config = OffPolicyConfig(learning_starts=20, batch_size=10)
+    assert updates_due(config, Counted(1000, 9), 1) == 0  # type: ignore[arg-type]
+    assert updates_due(config, Counted(1001, 10), 1) == 1  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("cls", [SACConfig, DDPGConfig])

@@ -156,6 +156,16 @@ def test_only_the_ends_that_are_held_take_room() -> None:
         assert_holds(buffer, world.history)
 
 
+def test_ends_find_room_one_by_one() -> None:
+    """Also where one more is held than there is room for."""
+    for capacity in (FEWEST_ENDS - 1, FEWEST_ENDS, FEWEST_ENDS + 1):
+        world = World(1, VECTOR, BOX, 2.0, 0)
+        buffer = make(world, capacity)
+        for _ in range(capacity + 3):
+            buffer.add(world.rollout(1))
+        assert_holds(buffer, world.history)
+
+
 def test_ends_may_be_numbered_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their numbers start anew after a power of two."""
     monkeypatch.setattr("pgrl.replay.ENTRIES", 256)

@@ -291,7 +291,7 @@ def _write_segments(tmp: Path, run_dir: Path, tables: list[Rows]) -> dict[str, E
     for table, rows in enumerate(tables):
         for number, final in rows.segments().items():
             name = f"rows_{table}_{number}.bin"
-            one = known.get((name, rows.saved.get(number, ""))) if final else None
+            one = known.get((name, rows.saved.get(number, "")))
             if one is not None and _link(one[0], tmp / name, one[1]["size"]):
                 entries[name] = one[1]
                 continue

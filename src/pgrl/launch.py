@@ -12,7 +12,7 @@ from pgrl import config as configuration
 from pgrl.agents import A3C
 from pgrl.config import RunConfig
 from pgrl.logger import Logger, Progress
-from pgrl.runs import build, gathered_warnings, headline, last_words, replay_bytes, say, write_status
+from pgrl.runs import build, gathered_warnings, headline, holds_rows, last_words, replay_bytes, say, write_status
 from pgrl.signals import Signals, Stop
 from pgrl.upkeep import Upkeep
 
@@ -38,6 +38,10 @@ def launch(config: RunConfig) -> Path:
         if config.resume is not None and any((run_dir / "checkpoints").glob("step_*")):
             step, state = checkpoint.load_newest(run_dir, log.warning, rows=config.checkpoint.replay)
             run.restore(state)
+            if config.checkpoint.replay and replay_bytes(config, run.env) is not None and not holds_rows(state):
+                log.warning(
+                    "the checkpoint has no replay buffer: the run goes on with an empty one, and is another run"
+                )
         else:  # a new run, or one that was killed before its first checkpoint
             run.env.reset()
         checkpoint.write_text(run_dir / "config.yaml", configuration.save_config(replace(config, resume=None)))

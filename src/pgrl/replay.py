@@ -47,7 +47,7 @@ class Batch(NamedTuple):
 class Priority(NamedTuple):
     """Prioritised replay: a sample's probability is proportional to (|TD error| + eps)^alpha.
 
-    Schaul et al. 2016 (arXiv 1511.05952), section 3.3; alpha as in its table 3.
+    Schaul et al. 2016 (arXiv 1511.05952), section 3.3, the proportional variant; alpha as in its experiments.
     """
 
     alpha: float = 0.6
@@ -312,7 +312,7 @@ class ReplayBuffer:
         """`batch_size` transitions with replacement: uniformly, or by priority with the importance weights.
 
         By priority: one sample from each of N equal parts of the sum of all p_i (stratified), and the weights
-        (len * p_i / sum)^-beta over their maximum; Schaul et al. 2016 (arXiv 1511.05952), section 3.4 and algorithm 1.
+        (len * p_i / sum)^-beta over their maximum; Schaul et al. 2016 (arXiv 1511.05952), sections 3.4 and B.2.1.
         """
         shape, device, generator = self.layout, self._device, self._generator
         held, start = self._time - self._first, self._first % shape.size

@@ -30,6 +30,7 @@ from pgrl.errors import UserError
 from pgrl.logger import log_to
 from pgrl.record import Record
 from pgrl.replay import Priority, nbytes
+from pgrl.rows import Rows
 
 log = logging.getLogger("pgrl")
 
@@ -119,6 +120,13 @@ def detached(tree: Any) -> Any:
     if isinstance(tree, dict):
         return {k: detached(v) for k, v in tree.items()}
     return [detached(v) for v in tree] if isinstance(tree, list | tuple) else tree
+
+
+def holds_rows(tree: Any) -> bool:
+    """Whether a state has the rows of a replay buffer."""
+    if isinstance(tree, dict | list):
+        return any(map(holds_rows, tree.values() if isinstance(tree, dict) else tree))
+    return isinstance(tree, Rows)
 
 
 def make_agent(config: RunConfig, env: VecEnv) -> Agent:

@@ -109,7 +109,7 @@ class DDPG(Agent):
     def update(self, rollout: Transition, progress: float) -> dict[str, Tensor]:
         self.buffer.add(rollout)
         self.drift *= (~(rollout.terminated[-1] | rollout.truncated[-1])).unsqueeze(-1)  # a new episode's is 0
-        due = updates_due(self.config, self.buffer.count, rollout.reward.numel())
+        due = updates_due(self.config, self.buffer, rollout.reward.numel())
         metrics = means([self.learn(progress) for _ in range(due)]) if due else {}
         if self.obs_norm is not None:
             self.obs_norm.update(rollout.obs)

@@ -59,10 +59,15 @@ def make_obs_norm(config: OffPolicyConfig, setting: Setting) -> RunningNorm | No
     return RunningNorm(setting.obs_space.shape, config.clip_obs).to(setting.device)
 
 
-def updates_due(config: OffPolicyConfig, count: int, new: int) -> int:
-    """Gradient steps after `new` transitions of `count` in all: `utd_ratio` for each from `learning_starts` on."""
-    learning = max(0, count - config.learning_starts)
-    before = max(0, count - new - config.learning_starts)
+def updates_due(config: OffPolicyConfig, buffer: ReplayBuffer, new: int) -> int:
+    """Gradient steps after the last `new` transitions: `utd_ratio` for each from `learning_starts` on.
+
+    None while the buffer holds less than a batch, as after a resume without its rows.
+    """
+    if len(buffer) < config.batch_size:
+        return 0
+    learning = max(0, buffer.count - config.learning_starts)
+    before = max(0, buffer.count - new - config.learning_starts)
     return math.floor(learning * config.utd_ratio) - math.floor(before * config.utd_ratio)
 
 

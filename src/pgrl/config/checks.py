@@ -65,6 +65,7 @@ NEEDS: dict[str, Needs] = {
     "algo.policy.state_dependent_std": Needs(
         lambda c: c.algo.policy.distribution != "beta", "algo.policy.distribution=gaussian"
     ),
+    "checkpoint.replay": Needs(lambda c: hasattr(c.algo, "buffer_size"), "algo=sac"),
     "algo.per_beta": Needs(lambda c: c.algo.per_alpha is not None, "algo.per_alpha=0.6"),
     "algo.ou_theta": Needs(lambda c: c.algo.noise == "ou", "algo.noise=ou"),
     "algo.target_noise_clip": Needs(lambda c: c.algo.target_noise is not None, "algo.target_noise=0.2"),
@@ -237,7 +238,7 @@ def wrong_replay(config: RunConfig) -> Iterator[Problem]:
     if "buffer_size" not in algo:
         return
     batch, starts = algo["batch_size"], algo["learning_starts"]
-    if algo["buffer_size"] < batch:
+    if algo["buffer_size"] // config.num_envs * config.num_envs < batch:  # whole steps of all envs are kept
         why = f"cannot hold one batch, algo.batch_size={batch}"
         yield Problem("algo.buffer_size", algo["buffer_size"], why, (f"algo.buffer_size={100 * batch}",))
     if starts < batch:
