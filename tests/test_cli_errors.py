@@ -71,7 +71,6 @@ WRONG = [
     ("algo=sac env=Pendulum-v1 total_timesteps=500", "total_timesteps=500", "nothing to learn"),
     ("algo=sac env=Pendulum-v1 algo.tau=0", "algo.tau=0.0", "above 0"),
     ("algo=ddpg env=Pendulum-v1 algo.noise=white", "algo.noise=white", "must be gaussian or ou"),
-    ("algo=ddpg env=CartPole-v1", "algo=ddpg", "continuous actions"),
     # asynchronous workers
     ("algo=a3c device=cuda", "device=cuda", "for the CPU"),
     ("algo=a3c compile=true", "compile=True", "which no compiled step may"),
