@@ -51,10 +51,13 @@ class Workload:
     settings: Mapping[str, Any]  # of the peer's constructor
     target: float | None  # the ratio aimed at; None: only reported
     policy_steps: int = 0  # gradient steps of an iteration that the peer takes without an optimiser
+    optimisers: int = 1  # of the peer, each of which takes a step where one is counted
+    warm_up: int = 0  # env steps before the first update
+    dropped: int = DROPPED  # iterations before the measurement starts
 
     @property
     def total_timesteps(self) -> int:
-        return self.iterations * self.num_envs * self.num_steps
+        return self.warm_up + self.iterations * self.num_envs * self.num_steps
 
 
 # No tuned file; where the defaults of the two sides differ, both are set. pgrl's value loss is half the peer's: 1.0 is
@@ -71,6 +74,12 @@ A2C = f"""algo=a2c {CLIPPED} algo.advantage=gae algo.gae_lambda=1.0 algo.norm_ad
 algo.optimizer=rmsprop algo.opt_eps=1e-5 algo.rms_prop_alpha=0.99"""
 NATURAL = f"""algo=trpo {PLAIN} algo.advantage=gae algo.gae_lambda=0.95 algo.norm_adv=true algo.damping=0.1
 algo.fisher_fraction=1 algo.adam_eps=1e-5 algo.max_grad_norm=null algo.vf_clip_coef=null compile=true"""
+REPLAY = """tuned=null algo.num_steps=1 algo.utd_ratio=1 algo.batch_size=256 algo.buffer_size=1000000 algo.gamma=0.99
+algo.learning_starts=1000 algo.tau=0.005 algo.n_step=1 algo.network.hidden_sizes=[256,256] algo.network.activation=relu
+algo.norm_obs=false algo.max_grad_norm=null"""
+PEER_REPLAY = dict(
+    batch_size=256, buffer_size=1_000_000, learning_starts=1000, tau=0.005, policy_kwargs=dict(net_arch=[256, 256])
+)
 WORKLOADS = (
     Workload(
         "ppo-halfcheetah-1",
@@ -122,6 +131,34 @@ WORKLOADS = (
         policy_steps=1,
     ),
     Workload(
+        "sac-halfcheetah",
+        "HalfCheetah-v4",
+        num_envs=1,
+        num_steps=1,
+        iterations=2000,
+        pgrl=f"algo=sac {REPLAY} algo.actor_lr=3e-4 algo.critic_lr=3e-4 algo.alpha_lr=3e-4",
+        peer="stable_baselines3:SAC",
+        settings=dict(**PEER_REPLAY, learning_rate=3e-4),
+        target=1.6,
+        optimisers=3,
+        warm_up=1000,
+        dropped=200,
+    ),
+    Workload(
+        "ddpg-halfcheetah",
+        "HalfCheetah-v4",
+        num_envs=1,
+        num_steps=1,
+        iterations=2000,
+        pgrl=f"algo=ddpg {REPLAY} algo.actor_lr=1e-3 algo.critic_lr=1e-3 algo.noise=gaussian algo.noise_std=0.1",
+        peer="stable_baselines3:DDPG",
+        settings=dict(**PEER_REPLAY, learning_rate=1e-3),
+        target=1.8,
+        optimisers=2,
+        warm_up=1000,
+        dropped=200,
+    ),
+    Workload(
         "npg-halfcheetah-16",
         "HalfCheetah-v4",
         num_envs=16,
@@ -154,8 +191,8 @@ WORKLOADS = (
 class Stamps:
     """The clock of one side: env steps, gradient steps, wall and CPU seconds at the return of each update."""
 
-    def __init__(self) -> None:
-        self.began = time.perf_counter()
+    def __init__(self, dropped: int = DROPPED) -> None:
+        self.began, self.dropped = time.perf_counter(), dropped
         self.rows: list[tuple[int, SupportsInt, float, float]] = []
 
     def add(self, env_steps: int, gradient_steps: SupportsInt) -> None:
@@ -163,7 +200,7 @@ class Stamps:
 
     def result(self, reached: float) -> dict[str, float]:
         """The counts of the whole run, and the speed from the last dropped iteration to the end."""
-        (steps0, _, wall0, cpu0), (steps1, updates, wall1, cpu1) = self.rows[DROPPED - 1], self.rows[-1]
+        (steps0, _, wall0, cpu0), (steps1, updates, wall1, cpu1) = self.rows[self.dropped - 1], self.rows[-1]
         return {
             "iterations": len(self.rows),
             "env_steps": steps1,
@@ -192,7 +229,7 @@ def measure_pgrl(workload: Workload, seed: int, threads: int, folder: Path) -> d
     from pgrl.agents import Agent
     from pgrl.logger import read_rows
 
-    stamps = Stamps()
+    stamps = Stamps(workload.dropped)
     for agent in Agent.__subclasses__():
         agent.update = stamped(agent.update, stamps)  # type: ignore[method-assign]
     size = f"env={workload.env} num_envs={workload.num_envs} total_timesteps={workload.total_timesteps}"
@@ -204,14 +241,15 @@ def measure_pgrl(workload: Workload, seed: int, threads: int, folder: Path) -> d
 
 
 def stamped(update: Callable[..., Any], stamps: Stamps) -> Callable[..., Any]:
-    """An agent's `update` that is stamped when it returns."""
+    """An agent's `update` that is stamped when it returns, once it learns."""
     env_steps = 0
 
     def wrapper(agent: Any, rollout: Any, *rest: Any, **named: Any) -> Any:
         nonlocal env_steps
         metrics = update(agent, rollout, *rest, **named)
         env_steps += rollout.reward.numel()
-        stamps.add(env_steps, metrics["charts/updates"])
+        if stamps.rows or int(metrics["charts/updates"]):
+            stamps.add(env_steps, metrics["charts/updates"])
         return metrics
 
     return wrapper
@@ -234,11 +272,12 @@ def measure_peer(workload: Workload, seed: int, threads: int, folder: Path) -> d
     register_optimizer_step_post_hook(count)
     module, _, name = workload.peer.partition(":")
     algorithm = getattr(import_module(module), name)
-    stamps = Stamps()
+    stamps = Stamps(workload.dropped)
 
     def train(model: Any, *rest: Any, **named: Any) -> None:
         algorithm.train(model, *rest, **named)
-        stamps.add(model.num_timesteps, gradient_steps + workload.policy_steps * (len(stamps.rows) + 1))
+        taken = gradient_steps // workload.optimisers + workload.policy_steps * (len(stamps.rows) + 1)
+        stamps.add(model.num_timesteps, taken)
 
     env = make_vec_env(workload.env, n_envs=workload.num_envs, seed=seed)
     stamped_algorithm = type(name, (algorithm,), {"train": train})

@@ -64,9 +64,13 @@ class Suite:
         return f"{self.algo.upper()} · {self.env}"
 
 
-ZOO, ZOO_20K, ZOO_100K, ZOO_500K = (f"RL Baselines3 Zoo, one run, {n}" for n in ("1M", "20k", "100k", "500k"))
+ZOO, ZOO_20K, ZOO_50K, ZOO_100K, ZOO_500K = (
+    f"RL Baselines3 Zoo, one run, {n}" for n in ("1M", "20k", "50k", "100k", "500k")
+)
 BEST = "best published mean over seeds, 1M, MuJoCo v2-v4"
+BEST_100K = "best published mean over seeds, 100k, MuJoCo v2-v4"
 ENGSTROM = "Engstrom et al. 2020, training return, 1M, v2"
+RICCATI = "the best controller there is, on the same 20 episodes"
 SUITES = (
     Suite("ppo-cartpole", "ppo", "CartPole-v1", 100_000, 500, 500, ZOO_100K, every_seed=True),
     Suite("ppo-acrobot", "ppo", "Acrobot-v1", 500_000, -85, -73.5, ZOO),
@@ -96,7 +100,16 @@ SUITES = (
     Suite("trpo-hopper", "trpo", "Hopper-v4", 1_000_000, 3000, 3372, BEST, extra=("compile=true",)),
     Suite("trpo-walker2d", "trpo", "Walker2d-v4", 1_000_000, 3500, 4502, BEST, extra=("compile=true",)),
     Suite("trpo-halfcheetah", "trpo", "HalfCheetah-v4", 1_000_000, 3400, 4403, BEST, extra=("compile=true",)),
+    Suite("sac-pendulum", "sac", "Pendulum-v1", 20_000, -165, -157, ZOO_20K),
+    Suite("ddpg-pendulum", "ddpg", "Pendulum-v1", 20_000, -170, -152, ZOO_20K),
+    Suite("sac-mountaincar-continuous", "sac", "MountainCarContinuous-v0", 50_000, 93, 94.7, ZOO_50K),
+    Suite("sac-cartpole", "sac", "CartPole-v1", 50_000, 450, 500, "the largest return"),
+    Suite("sac-halfcheetah", "sac", "HalfCheetah-v4", 100_000, 6000, 6515, BEST_100K),
+    Suite("sac-hopper", "sac", "Hopper-v4", 100_000, 2000, 2613, BEST_100K),
+    Suite("sac-lunarlander-continuous", "sac", "LunarLanderContinuous-v3", 100_000, 180, 260, ZOO_500K),
+    Suite("ddpg-halfcheetah", "ddpg", "HalfCheetah-v4", 100_000, 5500, 6308, BEST_100K),
     Suite("trpo-swimmer", "trpo", "Swimmer-v4", 1_000_000, 340, 359, BEST, extra=("compile=true",)),
+    Suite("dpg-linear-quadratic", "dpg", "pgrl/LinearQuadratic-v0", 64_000, -55.08, -54.54, RICCATI, every_seed=True),
 )
 
 

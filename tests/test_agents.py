@@ -1,4 +1,4 @@
-"""The on-policy agents: against plain implementations of their papers, key by key, and whether all state is saved."""
+"""The agents: against plain implementations of their papers, key by key, and whether all state is saved."""
 
 from __future__ import annotations
 
@@ -23,17 +23,23 @@ from pgrl.agents import (
     A2CConfig,
     A3CConfig,
     Agent,
+    DDPGConfig,
+    DPGConfig,
     NPGConfig,
     PPOConfig,
     REINFORCEConfig,
+    SACConfig,
     Setting,
     TRPOConfig,
 )
 from pgrl.agents.base import generator
-from pgrl.agents.on_policy import critic, targets, update_value_norm
+from pgrl.agents.on_policy import OnPolicyConfig, critic, targets, update_value_norm
 from pgrl.data import Transition, action_rows
+from pgrl.errors import UserError
 from pgrl.flat import FlatParameters
 from pgrl.normalisers import RunningNorm
+from pgrl.replay import ReplayBuffer
+from pgrl.rows import Rows
 
 ENVS = 2
 BOX = spaces.Box(np.array([-2.0, 0.0], np.float32), np.array([2.0, 1.0], np.float32))
@@ -53,8 +59,19 @@ WORLDS = {
     "multi": World(VECTOR, spaces.MultiDiscrete([2, 3])),
     "binary": World(VECTOR, spaces.MultiBinary(2)),
     "image": World(IMAGE, spaces.Discrete(3)),
+    "camera": World(IMAGE, BOX),
 }
 
+REPLAY: dict[str, Any] = {
+    "num_steps": 8,
+    "utd_ratio": 0.5,
+    "buffer_size": 32,
+    "batch_size": 8,
+    "learning_starts": 8,
+    "actor_lr": 1e-2,
+    "critic_lr": 1e-2,
+    "network.hidden_sizes": [16, 16],
+}
 SMALL: dict[type, dict[str, Any]] = {
     PPOConfig: {"num_steps": 16, "num_minibatches": 2, "update_epochs": 2, "learning_rate": 1e-2, "ent_coef": 0.01},
     A2CConfig: {"num_steps": 16, "learning_rate": 1e-2},
@@ -62,7 +79,10 @@ SMALL: dict[type, dict[str, Any]] = {
     REINFORCEConfig: {"num_steps": 32, "num_minibatches": 2, "update_epochs": 2, "learning_rate": 1e-2},
     NPGConfig: {"num_steps": 16, "num_minibatches": 2, "update_epochs": 2},
     TRPOConfig: {"num_steps": 16, "num_minibatches": 2, "update_epochs": 2},
+    **dict.fromkeys((DDPGConfig, SACConfig), REPLAY),
+    DPGConfig: {"num_steps": 4, "value_lr": 1e-3},  # these states are large, and their products larger
 }
+ON_POLICY = [cls for cls in AGENTS if issubclass(cls, OnPolicyConfig)]
 NATURAL_EVERYTHING = {
     "norm_obs": True,
     "norm_value": True,
@@ -75,6 +95,14 @@ NATURAL_EVERYTHING = {
     "ent_coef": 0.01,
     "network.shared": True,
     "policy.state_dependent_std": True,
+}
+REPLAY_EVERYTHING = {
+    "norm_obs": True,
+    "per_alpha": 0.6,
+    "n_step": 3,
+    "max_grad_norm": 0.5,
+    "policy_delay": 2,
+    "network.layer_norm": True,
 }
 EVERYTHING: dict[type, dict[str, Any]] = {
     PPOConfig: {
@@ -114,6 +142,13 @@ EVERYTHING: dict[type, dict[str, Any]] = {
     },
     NPGConfig: NATURAL_EVERYTHING,
     TRPOConfig: NATURAL_EVERYTHING,
+    DDPGConfig: {
+        **REPLAY_EVERYTHING,
+        "noise": "ou",
+        "twin": True,
+        "target_noise": 0.2,
+    },
+    SACConfig: REPLAY_EVERYTHING,
 }
 VARIANTS = {
     "ppo": (PPOConfig, {}),
@@ -129,6 +164,12 @@ VARIANTS = {
     "trpo with everything": (TRPOConfig, NATURAL_EVERYTHING),
     "a3c": (A3CConfig, {}),
     "a3c with everything": (A3CConfig, EVERYTHING[A3CConfig]),
+    "ddpg": (DDPGConfig, {}),
+    "ddpg with everything": (DDPGConfig, EVERYTHING[DDPGConfig]),
+    "sac": (SACConfig, {}),
+    "sac with everything": (SACConfig, EVERYTHING[SACConfig]),
+    "dpg": (DPGConfig, {}),
+    "dpg with everything": (DPGConfig, {"anneal_lr": True, "network.hidden_sizes": [8, 8]}),
 }
 
 
@@ -181,7 +222,18 @@ def train(agent: Agent, world: str, updates: range = range(3)) -> list[dict[str,
 
 
 def weights(agent: Any) -> Tensor:
-    return torch.cat([p.detach().reshape(-1) for p in agent.net.parameters()])
+    """Everything that is learnt."""
+    learnt = [*agent.net.parameters(), *(getattr(agent, name) for name in ("w", "v") if hasattr(agent, name))]
+    learnt += [
+        p for name in ("critics", "temperature") if hasattr(agent, name) for p in getattr(agent, name).parameters()
+    ]
+    return torch.cat([p.detach().reshape(-1) for p in learnt])
+
+
+def takes(cls: type, world: str) -> bool:
+    """Whether an algorithm is for the actions and observations of a world."""
+    continuous = isinstance(WORLDS[world].action, spaces.Box)
+    return continuous or cls not in (DPGConfig, DDPGConfig)
 
 
 class Spy:
@@ -299,6 +351,75 @@ def test_a2c_is_the_paper() -> None:
         torch.testing.assert_close(in_reference_order(agent), ref.weights(), rtol=1e-3, atol=2e-4)
 
 
+def test_dpg_is_the_paper() -> None:
+    """Equations 24 to 27 of Silver et al. 2014, a transition and a parameter at a time, for a policy A s + b."""
+    agent = make(DPGConfig, {"gamma": 0.9, "actor_lr": 0.3, "advantage_lr": 0.2, "value_lr": 1e-3, "anneal_lr": True})
+    features = [lambda s: 1.0, *(lambda s, i=i: s[i] for i in range(4))]
+    features += [lambda s, i=i, j=j: s[i] * s[j] for i in range(4) for j in range(i, 4)]
+    theta, w, v = np.zeros(10), np.zeros(10), np.zeros(len(features))
+    ends = []
+
+    def gradient(s: Any) -> Any:
+        """grad mu(s) [P, A]: action k is row k of the weights times s, and bias k."""
+        found = np.zeros((10, 2))
+        for k in range(2):
+            found[4 * k : 4 * k + 4, k], found[8 + k, k] = s, 1.0
+        return found
+
+    for i in range(4):
+        rollout, progress = play(agent, "box", seed=i), i / 10
+        agent.update(rollout, progress)
+        ends.append((rollout.terminated, rollout.truncated & ~rollout.terminated))
+        changes = []
+        for s, a, r, after, terminated, _ in zip(*(x.flatten(0, 1).double().numpy() for x in rollout), strict=True):
+            grad_mu = gradient(s)
+            phi, phi_after = (np.array([feature(x) for feature in features]) for x in (s, after))
+            phi_sa = grad_mu @ (a - grad_mu.T @ theta)  # mu(s) = grad mu(s)' theta, for mu is linear in theta
+            q, q_after = phi_sa @ w + v @ phi, v @ phi_after
+            delta = r + (0.0 if terminated else 0.9 * q_after) - q
+            changes.append((0.3 * grad_mu @ (grad_mu.T @ w), 0.2 * delta * phi_sa, 1e-3 * delta * phi))
+        for parameter, change in zip((theta, w, v), zip(*changes, strict=True), strict=True):
+            parameter += (1 - progress) * np.mean(change, axis=0)
+        for found, expected in ((agent.theta.vector, theta), (agent.w, w), (agent.v, v)):
+            np.testing.assert_allclose(found.numpy(), expected, rtol=1e-3, atol=2e-4)
+    assert min(np.abs(x).max() for x in (theta, w, v)) > 0.02
+    assert all(torch.stack(flags).any() for flags in zip(*ends[1:], strict=True))  # once V is not 0
+
+
+def test_dpg_gradients_are_those_of_single_states() -> None:
+    agent = make(DPGConfig, {"network.hidden_sizes": [5]})
+    agent.theta.vector.normal_(generator=Generator().manual_seed(0))
+    obs = torch.randn(3, 4, generator=Generator().manual_seed(1))
+    found = agent.gradients(obs)
+    for n, k in itertools.product(range(3), range(2)):
+        expected = torch.autograd.grad(agent.net(obs[n : n + 1])[0, k], list(agent.net.parameters()))
+        torch.testing.assert_close(found[n, k], torch.cat([g.flatten() for g in expected]))
+
+
+def test_dpg_explores_with_noise_of_its_size_within_the_bounds() -> None:
+    agent = make(DPGConfig, {"noise_std": 0.3}, "unbounded")
+    agent.theta.vector.normal_(generator=Generator().manual_seed(0))
+    obs = torch.randn(1, 4).expand(4000, 4)
+    noise = agent.act(obs) - agent.act(obs, explore=False)
+    assert noise.std(0).tolist() == pytest.approx([0.3, 0.3], rel=0.1) and noise.mean(0).abs().max() < 0.03
+    agent = make(DPGConfig, {"noise_std": 9.0})
+    action = agent.act(obs)
+    low, high = torch.tensor(BOX.low), torch.tensor(BOX.high)
+    assert torch.equal(action.amin(0), low) and torch.equal(action.amax(0), high)
+
+
+@pytest.mark.parametrize("world", ["discrete", "multi", "binary"])
+def test_dpg_refuses_what_is_not_continuous(world: str) -> None:
+    with pytest.raises(UserError, match="algo=dpg.*must be a Box.*\nUse: algo=ppo"):
+        make(DPGConfig, world=world)
+
+
+def test_dpg_refuses_images() -> None:
+    setting = Setting(IMAGE, BOX, ENVS, 1, torch.device("cpu"))
+    with pytest.raises(UserError, match="product of two numbers.*1,296(.|\n)*Use: algo=ppo"):
+        AGENTS[DPGConfig](DPGConfig(), setting)
+
+
 # --- the ratio, the statistics, the minibatches ---
 
 
@@ -355,7 +476,7 @@ def test_log_probs_are_those_of_acting(world: str, norm_obs: bool) -> None:
     torch.testing.assert_close(batches[0].log_prob, torch.cat(acted), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("cls", AGENTS)
+@pytest.mark.parametrize("cls", ON_POLICY)
 def test_statistics_change_last(cls: type) -> None:
     agent = make(cls, {"norm_obs": True})
     train(agent, "box", range(1))
@@ -427,7 +548,7 @@ def test_update_leaves_the_rollout_alone(variant: tuple[type, dict[str, Any]]) -
 
 
 @pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("cls", AGENTS)
+@pytest.mark.parametrize("cls", ON_POLICY)
 def test_every_parameter_learns(cls: type, world: str) -> None:
     agent = make(cls, {"network.shared": world == "image"}, world)
     before = {name: p.detach().clone() for name, p in agent.net.named_parameters()}
@@ -470,7 +591,7 @@ def test_targets_value_the_true_successor(kind: str, norm_value: bool) -> None:
     torch.testing.assert_close(again.value, t.value, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("cls", AGENTS)
+@pytest.mark.parametrize("cls", ON_POLICY)
 def test_without_bootstrap_truncation_is_termination(cls: type) -> None:
     rollout = play(make(cls), "box", seed=0)
     as_death = rollout._replace(
@@ -581,19 +702,25 @@ def test_learning_rate_follows_the_kl() -> None:
 # --- state ---
 
 
-def snapshot(x: Any, path: str = "agent", found: dict[str, Any] | None = None, seen: set[int] | None = None) -> Any:
+def snapshot(
+    x: Any, path: str = "agent", found: dict[str, Any] | None = None, seen: dict[int, Any] | None = None
+) -> Any:
     """Everything an object holds, however deep, by path; functions, spaces and types aside."""
-    found, seen = {} if found is None else found, set() if seen is None else seen
+    found, seen = {} if found is None else found, {} if seen is None else seen
     if isinstance(x, Tensor):
         found[path] = x.detach().clone()
     elif isinstance(x, Generator):
         found[path] = x.get_state()
-    elif isinstance(x, str | int | float | bool | None):
+    elif isinstance(x, str | int | float | bool | bytes | None):
         found[path] = x
+    elif isinstance(x, ReplayBuffer):  # by its state: what it no longer holds may lie about in its memory
+        snapshot(x.state_dict(), path, found, seen)
+    elif isinstance(x, Rows):
+        snapshot({str(number): x.read(number) for number in x.segments()}, path, found, seen)
     elif id(x) in seen:
         pass
     else:
-        seen.add(id(x))
+        seen[id(x)] = x  # kept, so that no other object gets its id
         if isinstance(x, dict):
             for k, v in x.items():
                 snapshot(v, f"{path}.{k}", found, seen)
@@ -636,6 +763,8 @@ def test_snapshot_sees_deep_changes() -> None:
 def test_whatever_changes_is_state(variant: tuple[type, dict[str, Any]], world: str) -> None:
     """What acting and updating change is in `state_dict`, and loading it makes a new agent the same throughout."""
     cls, keys = variant
+    if not takes(cls, world):
+        pytest.skip("needs continuous actions")
     agent = make(cls, keys, world)
     before = snapshot(agent)
     train(agent, world)
@@ -658,6 +787,8 @@ def test_whatever_changes_is_state(variant: tuple[type, dict[str, Any]], world: 
 @pytest.mark.parametrize("acted", [0, 5])
 def test_a_saved_agent_goes_on_bit_for_bit(variant: tuple[type, dict[str, Any]], world: str, acted: int) -> None:
     cls, keys = variant
+    if not takes(cls, world):
+        pytest.skip("needs continuous actions")
     agent = make(cls, keys, world)
     train(agent, world)
     obs = torch.randn(ENVS, 4, generator=Generator().manual_seed(0))
@@ -799,6 +930,27 @@ NATURAL_FLIPS: dict[str, Flip] = {
     "fisher_fraction": flip(0.25),
     "norm_adv": flip(False, damping=0.1, ent_coef=0.1),  # beside the entropy: the radius takes all other scales away
 }
+REPLAY_FLIPS: dict[str, Flip] = {
+    "gamma": flip(0.5),
+    "num_steps": flip(4),
+    "utd_ratio": flip(1.0),
+    "buffer_size": flip(16),
+    "batch_size": flip(4),
+    "learning_starts": flip(16),
+    "tau": flip(0.5),
+    "n_step": flip(3),
+    "per_alpha": flip(0.6),
+    "per_beta": flip(1.0, per_alpha=0.6),
+    "norm_obs": flip(True),
+    "clip_obs": flip(0.5, norm_obs=True),
+    "max_grad_norm": flip(0.01),
+    "actor_lr": flip(1e-3),
+    "critic_lr": flip(1e-3),
+    "policy_delay": flip(3),
+    "network.hidden_sizes": flip([32], [8, 8]),
+    "network.activation": flip("tanh", "elu", "silu", "gelu"),
+    "network.layer_norm": flip(True),
+}
 FLIPS: dict[type, dict[str, Flip]] = {
     REINFORCEConfig: {
         **SHARED_FLIPS,
@@ -852,6 +1004,35 @@ FLIPS: dict[type, dict[str, Flip]] = {
         "norm_adv": flip(True),
         "rms_prop_alpha": flip(0.5),
         "opt_eps": flip(0.1),
+    },
+    DDPGConfig: {
+        **REPLAY_FLIPS,
+        "network.body": flip("mlp", world="camera"),
+        "noise": flip("ou"),
+        "noise_std": flip(0.5),
+        "ou_theta": flip(0.9, noise="ou"),
+        "twin": flip(True),
+        "target_noise": flip(0.2),
+        "target_noise_clip": flip(0.01, target_noise=0.2),
+    },
+    SACConfig: {
+        **REPLAY_FLIPS,
+        "network.body": flip("mlp", world="image"),
+        "alpha": flip(0.05),
+        "alpha_init": flip(0.1),
+        "alpha_lr": flip(0.1),
+        "target_entropy": flip(1.0),
+    },
+    DPGConfig: {
+        "gamma": flip(0.5, 1.0),
+        "num_steps": flip(2),
+        "noise_std": flip(0.1),
+        "actor_lr": flip(0.1),
+        "advantage_lr": flip(0.01),
+        "value_lr": flip(1e-4),
+        "anneal_lr": flip(True),
+        "network.hidden_sizes": flip([8], [4, 4]),
+        "network.activation": flip("relu", "elu", "silu", "gelu", network__hidden_sizes=[8]),
     },
 }
 # Refused for a run (config/checks.py), or no matter of the agent but of the loop.

@@ -10,10 +10,22 @@ from typing import Any
 import pytest
 import yaml
 
-from pgrl.agents import A2CConfig, A3CConfig, NPGConfig, PPOConfig, REINFORCEConfig, TRPOConfig
+from pgrl.agents import (
+    A2CConfig,
+    A3CConfig,
+    DDPGConfig,
+    DPGConfig,
+    NPGConfig,
+    PPOConfig,
+    REINFORCEConfig,
+    SACConfig,
+    TRPOConfig,
+)
 from pgrl.agents.critic import CriticConfig
+from pgrl.agents.dpg import DPGNetworkConfig
+from pgrl.agents.off_policy import OffPolicyConfig
 from pgrl.agents.on_policy import AdvantageConfig, OnPolicyConfig
-from pgrl.networks import NetworkConfig, PolicyConfig
+from pgrl.networks import NetworkConfig, OffPolicyNetworkConfig, PolicyConfig
 
 PAGE = (Path(__file__).parents[1] / "docs" / "algorithms.md").read_text(encoding="utf-8")
 HEADINGS: dict[str, type] = {
@@ -28,6 +40,12 @@ HEADINGS: dict[str, type] = {
     "NPG": NPGConfig,
     "TRPO": TRPOConfig,
     "A3C": A3CConfig,
+    "Every algorithm with replay": OffPolicyConfig,
+    "Networks with replay: `algo.network.*`": OffPolicyNetworkConfig,
+    "DDPG": DDPGConfig,
+    "SAC": SACConfig,
+    "DPG": DPGConfig,
+    "DPG's network: `algo.network.*`": DPGNetworkConfig,
 }
 
 

@@ -24,18 +24,19 @@ LAYERS = (
     ("config", "logger"),
     ("checkpoint", "theory"),
     ("agents", "envs"),
-    ("acting",),
+    ("acting", "replay"),
     ("networks", "normalisers", "data", "optim"),
-    ("flat", "functional", "trust_region", "distributions", "signals", "env_ids", "errors"),
+    ("flat", "functional", "trust_region", "distributions", "signals", "env_ids", "errors", "memory", "rows"),
 )
 ENTRY = {"train": {"pgrl"}}  # `python -m pgrl.train` runs the package's command line
 RANK = {module: i for i, layer in enumerate(LAYERS) for module in layer}
 
 PURE = ("functional", "trust_region", "distributions")  # torch and the standard library alone
 ALL_OF_PGRL = {  # for those that import still less of pgrl than their row allows
-    **dict.fromkeys((*PURE, "data", "flat", "signals", "env_ids", "errors"), set[str]()),
+    **dict.fromkeys((*PURE, "data", "flat", "signals", "env_ids", "errors", "memory", "rows"), set[str]()),
     "optim": {"flat"},
-    "checkpoint": {"errors"},
+    "checkpoint": {"errors", "rows"},
+    "replay": {"data", "rows"},
     "logger": {"checkpoint", "errors"},
 }
 ONLY_IN = {
@@ -109,7 +110,9 @@ def test_agents_know_no_env_and_no_other_algorithm(path: Path) -> None:
         parts = dotted.split(".")
         assert parts[:2] != ["pgrl", "envs"], dotted
         if parts[:2] == ["pgrl", "agents"]:
-            assert parts[2] in {"base", "on_policy", "critic", "natural"} - {path.stem}, f"{path.stem} imports {dotted}"
+            assert parts[2] in {"base", "on_policy", "critic", "natural", "off_policy"} - {path.stem}, (
+                f"{path.stem} imports {dotted}"
+            )
 
 
 def test_envs_know_no_agent(path: Path) -> None:

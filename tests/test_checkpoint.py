@@ -247,10 +247,10 @@ def test_no_usable_checkpoint_is_an_error_with_a_way_out(tmp_path: Path) -> None
 def test_another_format_is_passed_over_but_not_called_corrupt(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, 1, {})
     manifest = checkpoint.save(tmp_path, 2, {}) / "MANIFEST.json"
-    manifest.write_text(manifest.read_text().replace('"version":1', '"version":2'))
+    manifest.write_text(manifest.read_text().replace('"version":1', '"version":3'))
     warnings: list[str] = []
     assert checkpoint.load_newest(tmp_path, warnings.append)[0] == 1
-    assert "format 2; this pgrl reads format 1" in warnings[0] and checkpoint.list_steps(tmp_path) == [1, 2]
+    assert "format 3; this pgrl reads formats 1 and 2" in warnings[0] and checkpoint.list_steps(tmp_path) == [1, 2]
 
 
 def test_a_disk_that_cannot_be_read_is_not_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

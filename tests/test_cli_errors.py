@@ -60,6 +60,17 @@ WRONG = [
     ("algo=npg algo.max_kl=-1", "algo.max_kl=-1.0", "above 0"),
     ("algo=trpo algo.damping=-0.1", "algo.damping=-0.1", "not be negative"),
     ("algo=trpo algo.backtrack_factor=1", "algo.backtrack_factor=1.0", "below 1"),
+    # a deterministic policy
+    ("algo=dpg algo.noise_std=0", "algo.noise_std=0.0", "above 0"),
+    ("algo=dpg compile=true", "compile=True", "no loss"),
+    ("algo=dpg algo.ent_coef=0.1", "algo.ent_coef=0.1", "but for algo=a2c"),
+    ("env=LinearQuadratic-v0", "env=LinearQuadratic-v0", "did you mean pgrl/LinearQuadratic-v0"),
+    # replay
+    ("algo=sac env=Pendulum-v1 algo.buffer_size=100", "algo.buffer_size=100", "cannot hold one batch"),
+    ("algo=ddpg env=Pendulum-v1 algo.learning_starts=10", "algo.learning_starts=10", "less than one batch"),
+    ("algo=sac env=Pendulum-v1 total_timesteps=500", "total_timesteps=500", "nothing to learn"),
+    ("algo=sac env=Pendulum-v1 algo.tau=0", "algo.tau=0.0", "above 0"),
+    ("algo=ddpg env=Pendulum-v1 algo.noise=white", "algo.noise=white", "must be gaussian or ou"),
     # asynchronous workers
     ("algo=a3c device=cuda", "device=cuda", "for the CPU"),
     ("algo=a3c compile=true", "compile=True", "which no compiled step may"),

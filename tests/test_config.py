@@ -53,10 +53,18 @@ IDLE = {
     "algo.clip_grad_per_network": "algo.clip_grad_per_network=true algo.max_grad_norm=null",
     "algo.kl_coef_target": "algo.kl_coef_target=0.02",
     "algo.rms_prop_alpha": "algo.rms_prop_alpha=0.9 algo=a2c algo.optimizer=adam",
+    "algo.network.activation": "algo.network.activation=relu algo=dpg env=Pendulum-v1",
     "algo.network.policy_gain": "algo.network.policy_gain=1 algo.network.init=xavier",
     "algo.network.value_gain": "algo.network.value_gain=2 algo.network.init=xavier",
     "algo.policy.log_std_init": "algo.policy.log_std_init=-1 algo.policy.distribution=beta",
     "algo.policy.state_dependent_std": "algo.policy.state_dependent_std=true algo.policy.distribution=beta",
+    "checkpoint.replay": "checkpoint.replay=false",
+    "algo.per_beta": "algo.per_beta=0.5 algo=sac env=Pendulum-v1",
+    "algo.ou_theta": "algo.ou_theta=0.5 algo=ddpg env=Pendulum-v1",
+    "algo.target_noise_clip": "algo.target_noise_clip=0.3 algo=ddpg env=Pendulum-v1",
+    "algo.alpha_init": "algo.alpha_init=0.5 algo=sac env=Pendulum-v1 algo.alpha=0.2",
+    "algo.alpha_lr": "algo.alpha_lr=1e-3 algo=sac env=Pendulum-v1 algo.alpha=0.2",
+    "algo.target_entropy": "algo.target_entropy=-3 algo=sac env=Pendulum-v1 algo.alpha=0.2",
     "eval_episodes": "eval_episodes=7",
 }
 
@@ -129,7 +137,15 @@ def test_choices_are_those_of_the_code() -> None:
 
 @pytest.mark.parametrize("algo", schema.ALGOS)
 def test_every_number_has_a_range_and_every_text_its_choices(algo: str) -> None:
-    free = {"ent_coef", "ent_coef_final", "log_std_init", "id", "run_dir", "resume"}  # any finite number, any text
+    free = {
+        "ent_coef",
+        "ent_coef_final",
+        "log_std_init",
+        "target_entropy",
+        "id",
+        "run_dir",
+        "resume",
+    }  # any finite number, any text
     for key, (kind, _) in schema.keys(RunConfig, schema.ALGOS[algo]).items():
         name = key.rpartition(".")[2]
         if re.match(r"int|float|str|list", kind) and name not in free:
@@ -173,8 +189,9 @@ PLAIN = [path for path in TUNED if set(tree_of(path)) == {"defaults"}]  # only t
 
 @pytest.mark.parametrize("path", [path for path in TUNED if path not in PLAIN[1:]], ids=str)
 def test_tuned_file_composes(path: Path) -> None:
-    tuned = config.checked([f"algo={path.parent}", f"env={path.stem}"])
-    assert schema.algo_name(tuned.algo) == str(path.parent) and tuned.env.id == path.stem
+    algo, _, env = str(path.with_suffix("")).partition("/")
+    tuned = config.checked([f"algo={algo}", f"env={env}"])
+    assert schema.algo_name(tuned.algo) == algo and tuned.env.id == env
 
 
 def test_tuned_files_take_others_that_exist_and_v5_those_of_v4() -> None:
@@ -187,7 +204,7 @@ def test_tuned_files_take_others_that_exist_and_v5_those_of_v4() -> None:
 
 @pytest.mark.parametrize("path", TUNED, ids=str)
 def test_tuned_files_repeat_no_default(path: Path) -> None:
-    tree, keys = tree_of(path), schema.keys(RunConfig, schema.ALGOS[str(path.parent)])
+    tree, keys = tree_of(path), schema.keys(RunConfig, schema.ALGOS[path.parts[0]])
     alone = tree.pop("defaults", None) is None
     for key in composition.flat(tree, keys):
         value: Any = tree
@@ -473,7 +490,8 @@ def test_answers_without_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str
             assert config.load_run(tmp_path).seed == 5
         elif option[0] == "--help":
             named = {f.name for f in dataclasses.fields(RunConfig)} | {"tuned", "experiment", "network"}
-            assert all(f"{name}=" in text for name in named - {"algo", "env"}) and "algo=" in text
+            assert all(f"{name}=" in text for name in named - {"algo", "env", "checkpoint"}) and "algo=" in text
+            assert "checkpoint.replay=" in text
             assert len(text.splitlines()) <= 40 and max(map(len, text.splitlines())) <= 110
         else:
             assert {"CartPole-v1", "Hopper-v5"} <= set(text.split()) and "Hopper-v3" not in text.split()

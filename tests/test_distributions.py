@@ -424,3 +424,22 @@ def test_noise_of_a_rollout_is_noise_of_its_steps(kind: str) -> None:
     for i in range(N):
         parts = [x[i : i + 1] if isinstance(x, Tensor) and x.dim() == 2 else x for x in d]
         assert torch.equal(type(d)(*parts).sample(noise[2][i : i + 1])[0], samples[i])
+
+
+@pytest.mark.parametrize("mean", [-0.7, 0.0, 2.0])
+def test_squashed_samples_come_with_their_density(mean: float) -> None:
+    d = SquashedGaussian(torch.full((64, 2), mean).double(), torch.full((64, 2), -0.4).double())
+    noise = torch.randn(64, 2, generator=Generator().manual_seed(0)).double()
+    action, log_prob = d.sample_with_log_prob(noise)
+    assert torch.equal(action, d.sample(noise))
+    torch.testing.assert_close(log_prob, d.log_prob(action))
+
+
+def test_density_of_squashed_samples_is_finite_where_tanh_is_one() -> None:
+    mean = torch.full((1, 1), 12.0, requires_grad=True)
+    action, log_prob = SquashedGaussian(mean, torch.zeros(1, 1)).sample_with_log_prob(torch.zeros(1, 1))
+    assert action.item() == 1.0
+    # the tanh's slope at u is 4 exp(-2u) for large u
+    assert log_prob.item() == pytest.approx(-0.5 * math.log(2 * math.pi) - math.log(4) + 24.0, rel=1e-6)
+    (slope,) = torch.autograd.grad(log_prob.sum(), mean)
+    assert slope.item() == pytest.approx(2.0)

@@ -476,3 +476,27 @@ def test_others_are_not_what_is_left_of_a_large_sum() -> None:
     ratio = F.others_ratio(5.0 * y, y)
     torch.testing.assert_close(ratio, torch.full_like(ratio, 5.0))
     assert F.others_ratio(y[:1], y[:1]) == 0.0 and F.others_ratio(y[[0, 3]], y[[0, 3]])[0] == 0.0
+
+
+def test_soft_value_is_its_definition() -> None:
+    """Also with a temperature that is learnt, and with an action that is never taken."""
+    generator = torch.Generator().manual_seed(0)
+    q, logits = torch.randn(2, 5, 3, generator=generator, dtype=torch.float64)
+    alpha = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    log_pi = logits.log_softmax(-1)
+    found = F.soft_value(q, log_pi, alpha)
+    for n in range(5):
+        p = [math.exp(x) for x in log_pi[n].tolist()]
+        expected = sum(p[k] * (float(q[n, k]) - 0.3 * math.log(p[k])) for k in range(3))
+        assert float(found[n].detach()) == pytest.approx(expected)
+    entropy = -(log_pi.exp() * log_pi).sum()
+    torch.testing.assert_close(torch.autograd.grad(found.sum(), alpha)[0], entropy)
+    sure = torch.tensor([[0.0, -800.0, -900.0]], dtype=torch.float64).log_softmax(-1)
+    torch.testing.assert_close(F.soft_value(q[:1], sure, 0.5), q[0, :1])
+
+
+def test_q_loss_is_its_definition() -> None:
+    random = torch.Generator().manual_seed(0)
+    q, target, weight = (torch.randn(*shape, generator=random) for shape in ((2, 5), (5,), (5,)))
+    errors = [sum(float(weight[n]) * float(q[k, n] - target[n]) ** 2 / 2 for n in range(5)) / 5 for k in range(2)]
+    assert float(F.q_loss(q, target, weight)) == pytest.approx(sum(errors), rel=1e-5)

@@ -4,6 +4,11 @@ A checkpoint is the folder `checkpoints/step_<12 digits>/` of three files: `stat
 `state.json` (the tree they hang in) and `MANIFEST.json` (format version, sizes, sha256). It is built under a
 temporary name, each file synced, and then renamed: a folder of the right name is whole, or was damaged later,
 which the checksums show. Nothing in it is code, a class name or a path: loading one runs nothing.
+
+The rows of a replay buffer are too many to be written anew each time. They lie in segments beside the three files, as
+`rows_<table>_<number>.bin`. A segment to which nothing more will be added is written once; the next checkpoint gives
+the same file a second name in its own folder (a hard link). So every folder is whole by itself, and a file is gone when
+the last folder that has it is.
 """
 
 from __future__ import annotations
@@ -22,16 +27,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pgrl.errors import CheckpointError, UserError
+from pgrl.rows import Rows
 
 if TYPE_CHECKING:
     import torch
 
 State = dict[str, Any]
+Entry = dict[str, Any]  # of the manifest: the size and sha256 of a file
 
-_VERSION = 1
+_VERSION, _VERSION_WITH_ROWS = 1, 2
 _TENSORS, _TREE, _MANIFEST = "state.safetensors", "state.json", "MANIFEST.json"
-_MANIFEST_LIMIT = 4096  # bytes; about 300 are used
+_MANIFEST_LIMIT = 65536  # bytes; about 300 are used, and 120 for each segment of rows
 _NAME = re.compile(r"step_([0-9]{12})")
+_SEGMENT = re.compile(r"rows_[0-9]{1,3}_[0-9]{1,15}\.bin")
+_CANNOT_LINK = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOENT}
 _INTEGERS = {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
 _DTYPES = {"bool", "float16", "bfloat16", "float32", "float64", "complex64", *_INTEGERS}
 
@@ -44,19 +53,44 @@ class _DamagedError(CheckpointError):
     """A checkpoint whose contents are not what was saved."""
 
 
-def save(run_dir: Path, step: int, state: State, *, keep: int = 3, keep_also: Sequence[int] = ()) -> Path:
+class SavedRows:
+    """Rows in the files of a checkpoint, read a segment at a time; CheckpointError where a file has changed."""
+
+    def __init__(self, path: Path, info: State, final: dict[int, bool], files: dict[int, tuple[str, str]]) -> None:
+        self._path, self._final, self._files = path, final, files  # files: names and checksums
+        self.info, self.saved = info, {number: files[number][1] for number in final if final[number]}
+
+    def segments(self) -> dict[int, bool]:
+        """The numbers of the segments, and whether each is final."""
+        return self._final
+
+    def read(self, number: int) -> bytes:
+        """A segment, verified once more."""
+        name, digest = self._files[number]
+        try:
+            data = read_bytes(self._path / name)
+        except OSError as error:
+            raise CheckpointError(f"checkpoint {self._path} cannot be read: {error}") from error
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise _DamagedError(f"checkpoint {self._path} is damaged: {name} has changed")
+        return data
+
+
+def save(
+    run_dir: Path, step: int, state: State, *, keep: int = 3, keep_also: Sequence[int] = (), rows: bool = True
+) -> Path:
     """Saves a checkpoint, then removes all but the newest `keep` and those of the steps `keep_also`.
 
     state: a tree of dict (keys str or int), list, tuple (comes back as list), str, int, float, bool, None,
     tensors (come back on the CPU), arrays, and NumPy scalars (come back as Python's); TypeError for anything
-    else, naming its place. A valid checkpoint of that step is left as it is. Returns the checkpoint's folder;
-    SaveError if a file cannot be written.
+    else, naming its place. `Rows` are written into segments, or come back as None if `rows` is false. A valid
+    checkpoint of that step is left as it is. Returns the checkpoint's folder; SaveError if a file cannot be written.
     """
     from safetensors.torch import save as serialise
 
     if not 0 <= step < 10**12 or keep < 1:
         raise ValueError(f"step={step} must have at most 12 digits, and keep={keep} be at least 1")
-    tree, tensors = _split(state)
+    tree, tensors, tables = _split(state, rows)
     files = {_TENSORS: serialise(tensors), _TREE: _json({"step": step, "state": tree})}
     path = folder(run_dir, step)
     tmp = path.with_suffix(".tmp")
@@ -66,8 +100,10 @@ def save(run_dir: Path, step: int, state: State, *, keep: int = 3, keep_also: Se
             _sweep(run_dir)
             _operation("mkdir", tmp)
             tmp.mkdir()
-            for name, data in {**files, _MANIFEST: _manifest(files)}.items():
+            segments = _write_segments(tmp, run_dir, tables) if tables else {}
+            for name, data in files.items():
                 _write(tmp / name, data)
+            _write(tmp / _MANIFEST, _manifest({name: _entry(data) for name, data in files.items()} | segments))
             sync(tmp)
             if os.path.lexists(path):
                 _set_aside(path)
@@ -85,16 +121,19 @@ def save(run_dir: Path, step: int, state: State, *, keep: int = 3, keep_also: Se
     return path
 
 
-def load(path: Path) -> State:
-    """The state in the checkpoint folder `path`; CheckpointError unless it is exactly what was saved."""
+def load(path: Path, *, rows: bool = True) -> State:
+    """The state in the checkpoint folder `path`; CheckpointError unless it is exactly what was saved.
+
+    `Rows` come as `SavedRows`; if `rows` is false they come as None, and their files are not looked at.
+    """
     try:
-        return _load(path)
+        return _load(path, rows)
     except (OSError, MemoryError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
 
 
-def load_newest(run_dir: Path, warn: Callable[[str], None]) -> tuple[int, State]:
-    """The step and state of the newest checkpoint that can be used; CheckpointError if there is none.
+def load_newest(run_dir: Path, warn: Callable[[str], None], *, rows: bool = True) -> tuple[int, State]:
+    """The step and state of the newest checkpoint that can be used, as by `load`; CheckpointError if there is none.
 
     Damaged ones on the way are renamed `*.corrupt`, and `warn` is told once of them and of the steps lost.
     """
@@ -105,7 +144,7 @@ def load_newest(run_dir: Path, warn: Callable[[str], None]) -> tuple[int, State]
         problems.append(str(error))
     for step in reversed(steps):
         try:
-            state = load(folder(run_dir, step))
+            state = load(folder(run_dir, step), rows=rows)
         except CheckpointError as error:
             problems.append(str(error))
             if isinstance(error, _DamagedError):
@@ -117,7 +156,12 @@ def load_newest(run_dir: Path, warn: Callable[[str], None]) -> tuple[int, State]
             warn("\n".join([*problems, f"Using the checkpoint of step {step:,} instead: {lost}."]))
         return step, state
     message = f"resume={run_dir}: this folder holds no checkpoint that can be used."
-    raise CheckpointError("\n".join([message, *problems, "Start a new run: python -m pgrl.train"]))
+    remedies = ["Start a new run: python -m pgrl.train"]
+    if any(_SEGMENT.search(problem) for problem in problems):
+        remedies.append(
+            f"or go on with an empty replay buffer: python -m pgrl.train resume={run_dir} checkpoint.replay=false"
+        )
+    raise CheckpointError("\n".join([message, *problems, *remedies]))
 
 
 def folder(run_dir: Path, step: int) -> Path:
@@ -139,13 +183,13 @@ def clean(run_dir: Path) -> None:
             _remove(run_dir / name)
 
 
-def _load(path: Path) -> State:
+def _load(path: Path, rows: bool = True) -> State:
     from safetensors.torch import load as deserialise
 
     def damaged(why: object) -> _DamagedError:
         return _DamagedError(f"checkpoint {path} is damaged: {why}")
 
-    def read(name: str, size: int | None) -> bytes:
+    def check(name: str, size: int | None) -> int:
         _operation("read", path / name)
         try:
             status = (path / name).lstat()
@@ -157,8 +201,17 @@ def _load(path: Path) -> State:
             raise damaged(f"{name} has {status.st_size:,} bytes")
         if status.st_size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
             raise MemoryError(f"{name} has {status.st_size:,} bytes, more than this machine's memory")
+        return status.st_size
+
+    def read(name: str, size: int | None) -> bytes:
+        size = check(name, size)
         with open(path / name, "rb") as file:
-            return file.read(status.st_size)
+            return file.read(size)
+
+    def entry(name: str, size: int) -> Entry:
+        check(name, size)
+        with open(path / name, "rb") as file:
+            return {"size": size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
     if path.is_symlink():
         raise damaged("it is a symbolic link")
@@ -166,17 +219,25 @@ def _load(path: Path) -> State:
     try:
         content = json.loads(manifest)
         version = content["version"]
-        sizes = {name: content["files"][name]["size"] for name in (_TENSORS, _TREE)}
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        told = content["files"]
+        sizes = {name: told[name]["size"] for name in (_TENSORS, _TREE)}
+        segments = {name: told[name] for name in sorted(told) if _SEGMENT.fullmatch(name)}
+        segment_sizes = {name: one["size"] for name, one in segments.items()}
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise damaged(f"{_MANIFEST} cannot be understood ({error})") from None
-    if version != _VERSION:
-        raise CheckpointError(f"checkpoint {path} has format {version!r:.20}; this pgrl reads format {_VERSION}")
+    if version not in (_VERSION, _VERSION_WITH_ROWS):
+        reads = f"formats {_VERSION} and {_VERSION_WITH_ROWS}"
+        raise CheckpointError(f"checkpoint {path} has format {version!r:.20}; this pgrl reads {reads}")
     files = {name: read(name, size) for name, size in sizes.items()}
-    if manifest != _manifest(files):
-        raise damaged(f"the files are not those of {_MANIFEST} (sha256)")
+    if rows:
+        segments = {name: entry(name, size) for name, size in segment_sizes.items()}
+    if manifest != _manifest({name: _entry(data) for name, data in files.items()} | segments):
+        wrong = next((name for name in segments if segments[name] != told[name]), "the files")
+        raise damaged(f"{wrong} {'is' if wrong in segments else 'are'} not as {_MANIFEST} says (sha256)")
     try:
         content = json.loads(files[_TREE])
-        step, state = content["step"], _join(content["state"], deserialise(files[_TENSORS]))
+        tables = _Tables(path, {name: one["sha256"] for name, one in segments.items()}, rows)
+        step, state = content["step"], _join(content["state"], deserialise(files[_TENSORS]), tables)
     except MemoryError:
         raise
     except Exception as error:  # whatever foreign contents may raise
@@ -208,22 +269,64 @@ def _set_aside(path: Path) -> None:
     _rename(path, target)
 
 
-def _manifest(files: dict[str, bytes]) -> bytes:
-    entries = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
-    return _json({"version": _VERSION, "files": entries})
+def _entry(data: bytes) -> Entry:
+    return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _manifest(entries: dict[str, Entry]) -> bytes:
+    version = _VERSION_WITH_ROWS if any(map(_SEGMENT.fullmatch, entries)) else _VERSION
+    return _json({"version": version, "files": dict(sorted(entries.items(), key=lambda item: item[0][:4] == "rows"))})
+
+
+def _write_segments(tmp: Path, run_dir: Path, tables: list[Rows]) -> dict[str, Entry]:
+    """Writes the segments that no earlier checkpoint has and links the others; the manifest's entries, by name.
+
+    What earlier checkpoints have is believed: their files are verified when they are loaded.
+    """
+    known: dict[tuple[str, str], tuple[Path, Entry]] = {}
+    for step in list_steps(run_dir):
+        for name, entry in _segments_of(folder(run_dir, step)).items():
+            known[name, entry["sha256"]] = folder(run_dir, step) / name, entry
+    entries: dict[str, Entry] = {}
+    for table, rows in enumerate(tables):
+        for number, final in rows.segments().items():
+            name = f"rows_{table}_{number}.bin"
+            one = known.get((name, rows.saved.get(number, "")))
+            if one is not None and _link(one[0], tmp / name, one[1]["size"]):
+                entries[name] = one[1]
+                continue
+            data = rows.read(number)
+            _write(tmp / name, data)
+            entries[name] = _entry(data)
+            if final:
+                rows.saved[number] = entries[name]["sha256"]
+    return dict(sorted(entries.items()))
+
+
+def _segments_of(path: Path) -> dict[str, Entry]:
+    """The segments that the manifest of a checkpoint names; none where it cannot be understood."""
+    try:
+        _operation("read", path / _MANIFEST)
+        with open(path / _MANIFEST, "rb") as file:
+            files = json.loads(file.read(_MANIFEST_LIMIT))["files"]
+        found = {name: entry for name, entry in files.items() if _SEGMENT.fullmatch(name)}
+        return {name: {"size": int(entry["size"]), "sha256": str(entry["sha256"])} for name, entry in found.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return {}  # then the segments are written from memory
 
 
 def _json(tree: Any) -> bytes:
     return json.dumps(tree, allow_nan=False, separators=(",", ":")).encode("ascii")
 
 
-def _split(state: State) -> tuple[Any, dict[str, torch.Tensor]]:
-    """The state as a tree for JSON, and the tensors it names; TypeError for what a checkpoint cannot hold."""
+def _split(state: State, with_rows: bool = True) -> tuple[Any, dict[str, torch.Tensor], list[Rows]]:
+    """The state as a tree for JSON, the tensors and the rows it names; TypeError for what a checkpoint cannot hold."""
     import numpy as np
     import torch
 
     tensors: dict[str, torch.Tensor] = {}
     storages: set[int] = set()
+    tables: list[Rows] = []
 
     def put(tag: str, value: torch.Tensor, path: str) -> dict[str, str]:
         if value.layout is not torch.strided or value.is_meta or str(value.dtype)[6:] not in _DTYPES:
@@ -258,13 +361,33 @@ def _split(state: State) -> tuple[Any, dict[str, torch.Tensor]]:
             return {key: visit(item, f"{path}/{key}") for key, item in value.items()}
         if isinstance(value, dict) and all(isinstance(key, str | int) for key in value):
             return {"$items": [[key, visit(item, f"{path}/{key}")] for key, item in value.items()]}
+        if isinstance(value, Rows):
+            if not with_rows:
+                return None
+            tables.append(value)
+            numbers = [[number, final] for number, final in value.segments().items()]
+            return {"$rows": [len(tables) - 1, visit(value.info, path), numbers]}
         raise TypeError(f"{path}: a checkpoint cannot hold {type(value)}, or its keys")
 
-    return visit(state, "state"), tensors
+    return visit(state, "state"), tensors, tables
 
 
-def _join(tree: Any, tensors: dict[str, torch.Tensor]) -> State:
-    """The inverse of `_split`, which takes each tensor once; any exception means a foreign tree."""
+class _Tables:
+    """The segments of a checkpoint that no rows have taken yet."""
+
+    def __init__(self, path: Path, digests: dict[str, str], wanted: bool) -> None:
+        self.path, self.digests, self.wanted = path, digests, wanted
+
+    def take(self, table: int, info: State, numbers: list[tuple[int, bool]]) -> SavedRows | None:
+        """The rows of a table; any exception means a foreign tree."""
+        final = {int(number): bool(last) for number, last in numbers}
+        names = {number: f"rows_{table}_{number}.bin" for number in final}
+        files = {number: (name, self.digests.pop(name)) for number, name in names.items()}
+        return SavedRows(self.path, info, final, files) if self.wanted else None
+
+
+def _join(tree: Any, tensors: dict[str, torch.Tensor], tables: _Tables) -> State:
+    """The inverse of `_split`, which takes each tensor and segment once; any exception means a foreign tree."""
 
     def visit(node: Any) -> Any:
         if isinstance(node, list):
@@ -286,11 +409,14 @@ def _join(tree: Any, tensors: dict[str, torch.Tensor]) -> State:
                 return float(value)
             case "$items":
                 return {key: visit(item) for key, item in value}
+            case "$rows":
+                table, info, numbers = value
+                return tables.take(table, visit(info), numbers)
         raise ValueError(f"unknown tag {tag!r}")
 
     state = visit(tree)
-    if not isinstance(state, dict) or tensors:
-        raise ValueError("the tree does not fit the tensors")
+    if not isinstance(state, dict) or tensors or tables.digests:
+        raise ValueError("the tree does not fit the tensors and rows")
     return state
 
 
@@ -426,6 +552,21 @@ def _write(path: Path, data: bytes) -> None:
         file.flush()
         _operation("fsync", path)
         os.fsync(file.fileno())
+
+
+def _link(source: Path, target: Path, size: int) -> bool:
+    """Gives a file a second name; False where the file system cannot, or where there is no such file of that size."""
+    _operation("link", source)
+    try:
+        status = source.lstat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size != size:
+            return False
+        os.link(source, target, follow_symlinks=False)
+    except OSError as error:
+        if error.errno in _CANNOT_LINK:
+            return False
+        raise
+    return True
 
 
 def _rename(source: Path, target: Path) -> None:

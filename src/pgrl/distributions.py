@@ -99,6 +99,12 @@ class SquashedGaussian(NamedTuple):
     def sample(self, noise: Tensor) -> Tensor:
         return self._normal().sample(noise).tanh()
 
+    def sample_with_log_prob(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """A sample [N, A] and its log-density [N], which is exact also where the tanh has rounded to 1."""
+        u = self._normal().sample(noise)
+        normal = -0.5 * (noise.square().sum(-1) + LOG_2PI * noise.shape[-1]) - self.log_std.sum(-1)
+        return u.tanh(), normal - self._log_det(u)
+
     def mode(self) -> Tensor:
         return self.mean.tanh()
 

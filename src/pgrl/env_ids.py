@@ -1,4 +1,7 @@
-"""Which environments there are, what an unknown id may have meant, and which package a known one needs."""
+"""Which environments there are, what an unknown id may have meant, and which package a known one needs.
+
+pgrl's own are registered here, by name alone: their code is imported when one is made.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,8 @@ PACKAGES = {
     "gymnasium.envs.tabular": ("jax", "'gymnasium[jax]'"),
     "ALE": ("ale_py", "ale-py"),
 }
+
+gymnasium.register("pgrl/LinearQuadratic-v0", "pgrl.envs.linear_quadratic:LinearQuadratic", max_episode_steps=100)
 
 
 def find(env_id: str) -> EnvSpec:

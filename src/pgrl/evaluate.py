@@ -115,7 +115,7 @@ def load(run_dir: Path, which: str = "last") -> tuple[Agent, RunConfig, int]:
                 f"{'; the best one is known after an evaluation (eval_every)' * (which == 'best')}.\n"
                 f"Try: python -m pgrl.evaluate run={run_dir} checkpoint={steps[-1]}"
             )
-        state = checkpoint.load(checkpoint.folder(run_dir, step))
+        state = checkpoint.load(checkpoint.folder(run_dir, step), rows=False)
     env = make_vec(config.env, 1, config.seed)
     agent = make_agent(config, env)
     env.close()
@@ -126,10 +126,10 @@ def load(run_dir: Path, which: str = "last") -> tuple[Agent, RunConfig, int]:
 
 
 def newest(run_dir: Path) -> tuple[int, dict[str, Any]]:
-    """The step and state of the newest checkpoint that is whole; nothing in the folder is renamed."""
+    """The step and state of the newest checkpoint that is whole, without rows; nothing in the folder is renamed."""
     for step in reversed(checkpoint.list_steps(run_dir)):
         try:
-            return step, checkpoint.load(checkpoint.folder(run_dir, step))
+            return step, checkpoint.load(checkpoint.folder(run_dir, step), rows=False)
         except CheckpointError as error:
             logging.getLogger("pgrl").warning("%s", error)
     raise CheckpointError(f"run={run_dir}: it has no checkpoint yet.\nTry: python -m pgrl.train resume={run_dir}")

@@ -261,3 +261,20 @@ def clipped_value_loss(value: Tensor, old_value: Tensor, returns: Tensor, clip: 
 def explained_variance(value: Tensor, returns: Tensor) -> Tensor:
     """1 - Var[returns - value] / Var[returns]: 1 is perfect, 0 is no better than a constant; any equal shapes -> []."""
     return 1.0 - (returns - value).var(correction=0) / (returns.var(correction=0) + 1e-8)
+
+
+def q_loss(q: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """The sum over critics of half the weighted mean squared error: q [K, N], target and weight [N] -> [].
+
+    Haarnoja et al. 2018 (arXiv 1812.05905), equation 5; weights of prioritised replay: Schaul et al. 2016 (1511.05952).
+    """
+    return 0.5 * (weight * (q - target).square()).mean(-1).sum()
+
+
+def soft_value(q: Tensor, log_pi: Tensor, alpha: Tensor | float) -> Tensor:
+    """E_{a ~ pi}[Q(s, a) - alpha log pi(a|s)] [N], of all K actions: q and log_pi [N, K], alpha the worth of a nat.
+
+    Haarnoja et al. 2018 (arXiv 1801.01290), equation 3; for discrete actions Christodoulou 2019 (arXiv 1910.07207),
+    equation 10.
+    """
+    return (log_pi.exp() * (q - alpha * log_pi)).sum(-1)

@@ -12,7 +12,7 @@ from pgrl import config as configuration
 from pgrl.agents import A3C
 from pgrl.config import RunConfig
 from pgrl.logger import Logger, Progress
-from pgrl.runs import build, gathered_warnings, headline, last_words, say, write_status
+from pgrl.runs import build, gathered_warnings, headline, holds_rows, last_words, replay_bytes, say, write_status
 from pgrl.signals import Signals, Stop
 from pgrl.upkeep import Upkeep
 
@@ -36,8 +36,12 @@ def launch(config: RunConfig) -> Path:
         stack.callback(run.env.close)
         warnings = stack.enter_context(gathered_warnings(run_dir))
         if config.resume is not None and any((run_dir / "checkpoints").glob("step_*")):
-            step, state = checkpoint.load_newest(run_dir, log.warning)
+            step, state = checkpoint.load_newest(run_dir, log.warning, rows=config.checkpoint.replay)
             run.restore(state)
+            if config.checkpoint.replay and replay_bytes(config, run.env) is not None and not holds_rows(state):
+                log.warning(
+                    "the checkpoint has no replay buffer: the run goes on with an empty one, and is another run"
+                )
         else:  # a new run, or one that was killed before its first checkpoint
             run.env.reset()
         checkpoint.write_text(run_dir / "config.yaml", configuration.save_config(replace(config, resume=None)))
@@ -47,6 +51,10 @@ def launch(config: RunConfig) -> Path:
         stack.callback(progress.close)
 
         message = headline(config, run, run_dir) + ("" if step is None else f" | resumed at step {step:,}")
+        if not config.checkpoint.replay and replay_bytes(config, run.env) is not None:
+            message += (
+                "\ncheckpoint.replay=false: a resumed run goes on with an empty replay buffer, and is not the same run"
+            )
         log.info(message)
         say(message)
         outcome = "failed"

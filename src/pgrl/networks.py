@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import gymnasium.spaces as spaces
 import torch
@@ -57,17 +57,28 @@ class PolicyConfig:
     rescale: bool = True  # the policy works in [-1, 1], mapped to finite bounds; false: in the env's own units
 
 
+@dataclass
+class OffPolicyNetworkConfig:
+    """The shape of an off-policy algorithm's policy and of each of its critics (`algo.network.*`)."""
+
+    body: str = "auto"  # auto (cnn for images, mlp otherwise), mlp, cnn
+    hidden_sizes: list[int] = field(default_factory=lambda: [256, 256])  # Haarnoja et al. 2018 (1812.05905), table 1
+    activation: str = "relu"  # tanh, relu, elu, silu, gelu; Haarnoja et al. 2018, table 1
+    layer_norm: bool = False  # in the critics, before the activations; Hiraoka et al. 2022 (2110.02034), section 3
+
+
 class MLP(nn.Module):
-    """Linear layers, each followed by an activation.
+    """Linear layers, each followed by an activation, with `layer_norm` after a normalisation (Ba et al. 2016).
 
     [N, *shape] -> [N, sizes[-1]]; trailing dimensions are flattened, uint8 is scaled to [0, 1]. The forward is a flat
     loop: at 64 units a module's call costs as much as its arithmetic.
     """
 
-    def __init__(self, sizes: list[int], activation: str) -> None:
+    def __init__(self, sizes: list[int], activation: str, layer_norm: bool = False) -> None:
         super().__init__()
         layers = [nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True)]
         self.layers = nn.ModuleList(layers)
+        self.norms = nn.ModuleList([nn.LayerNorm(n) for n in sizes[1:]]) if layer_norm else None
         self._pairs = [(layer.weight, layer.bias) for layer in layers]
         self.activation, self._activation = activation, ACTIVATIONS[activation]
         self.features = sizes[-1]
@@ -77,6 +88,10 @@ class MLP(nn.Module):
             x = x.flatten(1)
         if x.dtype == torch.uint8:
             x = x.float() / 255.0
+        if self.norms is not None:
+            for (weight, bias), norm in zip(self._pairs, self.norms, strict=True):
+                x = self._activation(norm(F.linear(x, weight, bias)))
+            return x
         for weight, bias in self._pairs:
             x = self._activation(F.linear(x, weight, bias))
         return x
@@ -115,7 +130,27 @@ def is_image(space: spaces.Box) -> bool:
     return len(space.shape) == 3 and sorted(space.shape)[1] >= 36
 
 
-def make_body(space: spaces.Box, config: NetworkConfig, hidden_sizes: list[int]) -> MLP | NatureCNN:
+def units(space: spaces.Box, *, rescale: bool) -> dict[str, Tensor]:
+    """The bounds [A], and the centre and radius by which the policy's units become the env's: center + radius * x.
+
+    Finite bounds are those of [-1, 1] with `rescale`; otherwise both units are the same.
+    """
+    low, high = torch.tensor(space.low).flatten().float(), torch.tensor(space.high).flatten().float()
+    center, radius = torch.zeros_like(low), torch.ones_like(low)
+    if rescale and bool((low.isfinite() & high.isfinite()).all()):
+        center, radius = (low + high) / 2, (high - low).where(high > low, torch.full_like(low, 2.0)) / 2
+    return {"low": low, "high": high, "center": center, "radius": radius}
+
+
+class Shape(Protocol):
+    """What a body needs to know of its configuration."""
+
+    body: str
+    hidden_sizes: list[int]
+    activation: str
+
+
+def make_body(space: spaces.Box, config: Shape, hidden_sizes: list[int], layer_norm: bool = False) -> MLP | NatureCNN:
     """The body that `config.body` names, for observations of `space`; UserError where it does not fit."""
     if config.body == "cnn" and not is_image(space):
         raise UserError(
@@ -124,28 +159,27 @@ def make_body(space: spaces.Box, config: NetworkConfig, hidden_sizes: list[int])
         )
     if config.body == "cnn" or (config.body == "auto" and is_image(space)):
         return NatureCNN(space.shape)
-    return MLP([math.prod(space.shape), *hidden_sizes], config.activation)
+    return MLP([math.prod(space.shape), *hidden_sizes], config.activation, layer_norm)
 
 
-class ActorCritic(nn.Module):
-    """A policy and a value function on the same observations, with separate bodies or a shared one.
+class Policy(nn.Module):
+    """A distribution over actions for each observation.
 
-    `policy(obs)` is a distribution over actions in the policy's units, `value(obs)` is [N]. `sample` and `mode`
-    give actions in the env's units, which is what rollouts hold; `to_policy_units` takes those back. Finite
-    bounds are mapped to [-1, 1] (`policy.rescale`); those of squashed and Beta policies always are.
+    `policy(obs)` is in the policy's units. `sample` and `mode` give actions in the env's units, which is what
+    rollouts hold; `to_policy_units` takes those back. Finite bounds are mapped to [-1, 1] (`policy.rescale`); those
+    of squashed and Beta policies always are. Weights are as torch makes them.
     """
 
     low: Tensor
     high: Tensor
 
     def __init__(
-        self, obs_space: spaces.Box, action_space: spaces.Space[Any], network: NetworkConfig, policy: PolicyConfig
+        self, obs_space: spaces.Box, action_space: spaces.Space[Any], network: Shape, policy: PolicyConfig
     ) -> None:
         super().__init__()
         self.action_space = action_space
         self.distribution = policy.distribution if isinstance(action_space, spaces.Box) else "discrete"
-        hidden = list(network.hidden_sizes)
-        self.body = make_body(obs_space, network, hidden)
+        self.body = make_body(obs_space, network, list(network.hidden_sizes))
         self.log_std: nn.Parameter | None = None
         actions = self._outputs()
         outputs = actions
@@ -159,15 +193,9 @@ class ActorCritic(nn.Module):
             self.affine = False
         self.actions = actions
         self.policy_head = nn.Linear(self.body.features, outputs)
-        value_hidden = hidden if network.value_hidden_sizes is None else list(network.value_hidden_sizes)
-        self.value_body = None if network.shared else make_body(obs_space, network, value_hidden)
-        self.value_head = nn.Linear((self.value_body or self.body).features, 1)
-        initialise(self, network)
         self._policy_pair = (self.policy_head.weight, self.policy_head.bias)
-        self._value_pair = (self.value_head.weight, self.value_head.bias)
-        # the forwards themselves: a module's call and attributes cost as much as a layer of 64 units
+        # the forward itself: a module's call and attributes cost as much as a layer of 64 units
         self._policy_features = self.body.forward
-        self._value_features = (self.value_body or self.body).forward
         self._distribution = self._family(policy)
 
     def _outputs(self) -> int:
@@ -184,19 +212,13 @@ class ActorCritic(nn.Module):
         raise UserError(f"action space {space}: supported are Box, Discrete, MultiDiscrete and MultiBinary.")
 
     def _set_bounds(self, space: spaces.Box, policy: PolicyConfig) -> None:
-        low, high = torch.tensor(space.low).flatten().float(), torch.tensor(space.high).flatten().float()
-        finite = bool((low.isfinite() & high.isfinite()).all())
-        if self.distribution != "gaussian" and not finite:
+        if self.distribution != "gaussian" and not space.is_bounded("both"):
             raise UserError(
                 f"algo.policy.distribution={self.distribution} needs finite action bounds, but this env's are "
                 f"[{space.low.min()}, {space.high.max()}].\nUse: algo.policy.distribution=gaussian"
             )
-        self.register_buffer("low", low, persistent=False)
-        self.register_buffer("high", high, persistent=False)
-        rescale = finite and (policy.rescale or self.distribution != "gaussian")
-        self.register_buffer("center", (low + high) / 2 if rescale else torch.zeros_like(low), persistent=False)
-        radius = (high - low).where(high > low, torch.full_like(low, 2.0)) / 2
-        self.register_buffer("radius", radius if rescale else torch.ones_like(low), persistent=False)
+        for name, bound in units(space, rescale=policy.rescale or self.distribution != "gaussian").items():
+            self.register_buffer(name, bound, persistent=False)
         self.affine = bool((self.center != 0).any() or (self.radius != 1).any())
 
     center: Tensor
@@ -206,11 +228,6 @@ class ActorCritic(nn.Module):
         """The parameters the policy depends on (a shared body is among them), in a fixed order."""
         own = [*self.body.parameters(), *self.policy_head.parameters()]
         return own if self.log_std is None else [*own, self.log_std]
-
-    def value_parameters(self) -> list[nn.Parameter]:
-        """The parameters only the value depends on, in a fixed order."""
-        body = [] if self.value_body is None else list(self.value_body.parameters())
-        return [*body, *self.value_head.parameters()]
 
     def _family(self, policy: PolicyConfig) -> Callable[[Tensor], Distribution]:
         """What makes a distribution of the policy head's output [N, outputs]; chosen once, for acting is a hot path."""
@@ -230,16 +247,6 @@ class ActorCritic(nn.Module):
 
     def policy(self, obs: Tensor) -> Distribution:
         return self._distribution(F.linear(self._policy_features(obs), *self._policy_pair))
-
-    def value(self, obs: Tensor) -> Tensor:
-        return F.linear(self._value_features(obs), *self._value_pair).squeeze(-1)
-
-    def policy_and_value(self, obs: Tensor) -> tuple[Distribution, Tensor]:
-        """Both at once, so that a shared body runs once."""
-        features = self._policy_features(obs)
-        other = features if self.value_body is None else self._value_features(obs)
-        policy = self._distribution(F.linear(features, *self._policy_pair))
-        return policy, F.linear(other, *self._value_pair).squeeze(-1)
 
     def noise(self, shape: tuple[int, ...], generator: Generator) -> Tensor:
         """Noise for `shape` samples, as `sample` takes it."""
@@ -266,6 +273,126 @@ class ActorCritic(nn.Module):
     def to_policy_units(self, action: Tensor) -> Tensor:
         """Actions [N, ...] of a rollout as `policy(obs).log_prob` takes them."""
         return (action - self.center) / self.radius if self.affine else action
+
+
+class ActorCritic(Policy):
+    """A policy and a value function on the same observations, with separate bodies or a shared one.
+
+    `value(obs)` is [N]. Weights are as `network.init` says.
+    """
+
+    def __init__(
+        self, obs_space: spaces.Box, action_space: spaces.Space[Any], network: NetworkConfig, policy: PolicyConfig
+    ) -> None:
+        super().__init__(obs_space, action_space, network, policy)
+        hidden = network.hidden_sizes if network.value_hidden_sizes is None else network.value_hidden_sizes
+        self.value_body = None if network.shared else make_body(obs_space, network, list(hidden))
+        self.value_head = nn.Linear((self.value_body or self.body).features, 1)
+        initialise(self, network)
+        self._value_pair = (self.value_head.weight, self.value_head.bias)
+        self._value_features = (self.value_body or self.body).forward
+
+    def value_parameters(self) -> list[nn.Parameter]:
+        """The parameters only the value depends on, in a fixed order."""
+        body = [] if self.value_body is None else list(self.value_body.parameters())
+        return [*body, *self.value_head.parameters()]
+
+    def value(self, obs: Tensor) -> Tensor:
+        return F.linear(self._value_features(obs), *self._value_pair).squeeze(-1)
+
+    def policy_and_value(self, obs: Tensor) -> tuple[Distribution, Tensor]:
+        """Both at once, so that a shared body runs once."""
+        features = self._policy_features(obs)
+        other = features if self.value_body is None else self._value_features(obs)
+        policy = self._distribution(F.linear(features, *self._policy_pair))
+        return policy, F.linear(other, *self._value_pair).squeeze(-1)
+
+
+class DeterministicPolicy(nn.Module):
+    """One action for each observation, [N, A] in [-1, 1]; `to_env_units` maps that onto the bounds."""
+
+    low: Tensor
+    high: Tensor
+    center: Tensor
+    radius: Tensor
+
+    def __init__(self, obs_space: spaces.Box, action_space: spaces.Box, network: OffPolicyNetworkConfig) -> None:
+        super().__init__()
+        if not action_space.is_bounded("both"):
+            raise UserError(
+                f"algo=ddpg needs finite action bounds, but this env's are "
+                f"[{action_space.low.min()}, {action_space.high.max()}].\nUse: algo=ppo"
+            )
+        self.actions = math.prod(action_space.shape)
+        self.body = make_body(obs_space, network, list(network.hidden_sizes))
+        self.head = nn.Linear(self.body.features, self.actions)
+        for name, bound in units(action_space, rescale=True).items():
+            self.register_buffer(name, bound, persistent=False)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        return torch.tanh(F.linear(self.body.forward(obs), self.head.weight, self.head.bias))
+
+    def noise(self, shape: tuple[int, ...], generator: Generator) -> Tensor:
+        """Standard normal noise for `shape` actions."""
+        return DiagGaussian.noise((*shape, self.actions), generator)
+
+    def to_env_units(self, action: Tensor) -> Tensor:
+        """Actions [N, A] of the policy in the env's units, within its bounds."""
+        return (self.center + action * self.radius).clamp(self.low, self.high)
+
+    def to_policy_units(self, action: Tensor) -> Tensor:
+        """Actions [N, A] of a rollout in [-1, 1]."""
+        return (action - self.center) / self.radius
+
+
+class QNetwork(nn.Module):
+    """Q(s, a) [N] for actions [N, A] in the policy's units; where one is chosen among K, [N], also [N, K] of them all.
+
+    Weights are as torch makes them: uniform within 1 / sqrt(inputs), as in Lillicrap et al. 2016, section 7.
+    """
+
+    def __init__(self, obs_space: spaces.Box, action_space: spaces.Space[Any], network: OffPolicyNetworkConfig) -> None:
+        super().__init__()
+        hidden, discrete = list(network.hidden_sizes), isinstance(action_space, spaces.Discrete)
+        encoder = make_body(obs_space, network, [] if not discrete else hidden, network.layer_norm)
+        if isinstance(action_space, spaces.Discrete):
+            self.encoder, self.body, outputs = encoder, None, int(action_space.n)
+        else:
+            features = encoder.features + math.prod(action_space.shape or ())
+            self.encoder, self.body = encoder, MLP([features, *hidden], network.activation, network.layer_norm)
+            outputs = 1
+        self.head = nn.Linear((self.body or encoder).features, outputs)
+
+    def forward(self, obs: Tensor, action: Tensor | None = None) -> Tensor:
+        x = self.encoder.forward(obs)
+        if self.body is None:
+            q = F.linear(x, self.head.weight, self.head.bias)
+            return q if action is None else q.gather(-1, action.unsqueeze(-1)).squeeze(-1)
+        assert action is not None
+        x = self.body.forward(torch.cat([x, action], -1))
+        return F.linear(x, self.head.weight, self.head.bias).squeeze(-1)
+
+
+class Critics(nn.Module):
+    """Several Q-networks that begin differently; what each says, [count, N], or [count, N, K] without an action."""
+
+    def __init__(
+        self,
+        count: int,
+        obs_space: spaces.Box,
+        action_space: spaces.Space[Any],
+        network: OffPolicyNetworkConfig,
+    ) -> None:
+        super().__init__()
+        self.critics = nn.ModuleList([QNetwork(obs_space, action_space, network) for _ in range(count)])
+
+    def forward(self, obs: Tensor, action: Tensor | None = None) -> Tensor:
+        return torch.stack([critic.forward(obs, action) for critic in self.critics])
+
+    def first(self, obs: Tensor, action: Tensor) -> Tensor:
+        """What the first one says, [N]."""
+        q: Tensor = self.critics[0].forward(obs, action)
+        return q
 
 
 def beta(out: Tensor) -> Beta:

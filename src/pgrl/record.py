@@ -22,12 +22,12 @@ class Record:
         self._pending: list[Mapping[str, Tensor | float]] = []
         self._sums: dict[str, float] = {}
         self._last: dict[str, float] = {}
-        self._count = 0
+        self._counts: dict[str, int] = {}
         self._sum_return, self._sum_length, self._ended = 0.0, 0, 0
         self.recent: deque[float] = deque(maxlen=WINDOW)
 
     def add(self, metrics: Mapping[str, Tensor | float], episodes: Sequence[Episode]) -> None:
-        """One update's metrics, and the episodes that ended before it."""
+        """One update's metrics, which need not be the same each time, and the episodes that ended before it."""
         self._pending.append(metrics)
         if len(self._pending) == FOLD:
             self._fold()
@@ -47,18 +47,17 @@ class Record:
         if self.recent:
             row["charts/episodic_return_100"] = math.fsum(self.recent) / len(self.recent)
         for name, total in self._sums.items():
-            row[name] = self._last[name] if name.startswith("charts/") else total / self._count
-        self._sums, self._count = {}, 0
+            row[name] = self._last[name] if name.startswith("charts/") else total / self._counts[name]
+        self._sums, self._counts = {}, {}
         self._sum_return, self._sum_length, self._ended = 0.0, 0, 0
         return row
 
     def _fold(self) -> None:
-        for name in self._pending[0] if self._pending else ():
-            values = [float(metrics[name]) for metrics in self._pending]
+        for name in dict.fromkeys(name for metrics in self._pending for name in metrics):
+            values = [float(metrics[name]) for metrics in self._pending if name in metrics]
             self._sums[name] = math.fsum([self._sums.get(name, 0.0), *values])
-        if self._pending:
-            self._last = {name: float(value) for name, value in self._pending[-1].items()}
-        self._count += len(self._pending)
+            self._counts[name] = self._counts.get(name, 0) + len(values)
+            self._last[name] = values[-1]
         self._pending = []
 
     def state_dict(self) -> dict[str, Any]:
@@ -66,13 +65,13 @@ class Record:
             "pending": [{k: float(v) for k, v in metrics.items()} for metrics in self._pending],
             "sums": dict(self._sums),
             "last": dict(self._last),
-            "count": self._count,
+            "counts": dict(self._counts),
             "episodes": [self._sum_return, self._sum_length, self._ended],
             "recent": list(self.recent),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._pending, self._count = list(state["pending"]), state["count"]
+        self._pending, self._counts = list(state["pending"]), dict(state["counts"])
         self._sums, self._last = dict(state["sums"]), dict(state["last"])
         self._sum_return, self._sum_length, self._ended = state["episodes"]
         self.recent = deque(state["recent"], maxlen=WINDOW)

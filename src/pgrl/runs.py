@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import random
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -21,12 +22,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pgrl import checkpoint
+from pgrl import checkpoint, memory
 from pgrl.agents import AGENTS, Agent, Setting
-from pgrl.config import RunConfig
+from pgrl.config import RunConfig, schema
 from pgrl.envs import VecEnv, make_vec
+from pgrl.errors import UserError
 from pgrl.logger import log_to
 from pgrl.record import Record
+from pgrl.replay import Priority, nbytes
+from pgrl.rows import Rows
 
 log = logging.getLogger("pgrl")
 
@@ -118,6 +122,13 @@ def detached(tree: Any) -> Any:
     return [detached(v) for v in tree] if isinstance(tree, list | tuple) else tree
 
 
+def holds_rows(tree: Any) -> bool:
+    """Whether a state has the rows of a replay buffer."""
+    if isinstance(tree, dict | list):
+        return any(map(holds_rows, tree.values() if isinstance(tree, dict) else tree))
+    return isinstance(tree, Rows)
+
+
 def make_agent(config: RunConfig, env: VecEnv) -> Agent:
     """The agent of a run with fresh weights; UserError where it and the env do not fit together."""
     setting = Setting(
@@ -137,9 +148,56 @@ def build(config: RunConfig) -> Run:
     np.random.seed(config.seed % 2**32)
     random.seed(config.seed)
     env = make_vec(config.env, config.num_envs, config.seed)
+    try:
+        refuse_too_large(config, env)
+    except UserError:
+        env.close()
+        raise
     agent = make_agent(config, env)
     torch.set_num_threads(config.threads or suitable_threads(agent))
     return Run(agent, env)
+
+
+def replay_bytes(config: RunConfig, env: VecEnv, transitions: int | None = None) -> int | None:
+    """The bytes that the replay buffer of a run takes, or would with so many transitions; None without a buffer."""
+    algo = vars(config.algo)
+    if "buffer_size" not in algo:
+        return None
+    prioritised = None if algo.get("per_alpha") is None else Priority(algo["per_alpha"])
+    capacity, n_step = transitions or algo["buffer_size"], algo.get("n_step", 1)
+    return nbytes(capacity, config.num_envs, env.obs_space, env.action_space, n_step, prioritised)
+
+
+def refuse_too_large(config: RunConfig, env: VecEnv) -> None:
+    """UserError where the replay buffer of a run does not fit into memory; asked before anything is allocated."""
+    needed = replay_bytes(config, env)
+    if needed is None:
+        return
+    device, where = torch.device(config.device), "of memory"
+    free = memory.available()
+    if device.type == "cuda":
+        free, where = torch.cuda.mem_get_info(device)[0], f"on {config.device}"
+    if needed <= free:
+        return
+    size: int = vars(config.algo)["buffer_size"]
+    fits = size
+    while fits > 1 and (replay_bytes(config, env, fits) or 0) > 0.8 * free:
+        fits = fits * 4 // 5
+    fits = max(1, fits // (unit := 10 ** max(0, len(str(fits)) - 2)) * unit)
+    words = [
+        "python",
+        "-m",
+        "pgrl.train",
+        f"algo={schema.algo_name(config.algo)}",
+        f"env={config.env.id}",
+        f"num_envs={config.num_envs}",
+    ]
+    words += [f"device={config.device}", f"algo.buffer_size={fits}"]
+    raise UserError(
+        f"algo.buffer_size={size}: the replay buffer would take {needed / 1e6:,.0f} MB, "
+        f"and {free / 1e6:,.0f} MB {where} are available.\n"
+        f"Try: {shlex.join(words)}"
+    )
 
 
 def suitable_threads(agent: Agent) -> int:
@@ -206,11 +264,15 @@ def headline(config: RunConfig, run: Run, run_dir: Path) -> str:
     """One line that says what runs."""
     threads = torch.get_num_threads()
     workers = getattr(config.algo, "num_workers", 0)
+    needed = replay_bytes(config, run.env)
+    replay = ""
+    if needed is not None:
+        replay = f" | replay buffer: {config.algo.buffer_size:,} transitions, {needed / 1e6:,.0f} MB"
     of = f"{workers} worker{'s' * (workers > 1)} of " if workers else ""
     return (
         f"{run.agent.name} on {config.env.id} | {config.device}, {threads} thread{'s' * (threads > 1)}"
         f"{', compiled' * config.compile} | seed {config.seed} | {config.total_timesteps:,} steps, "
-        f"{of}{config.num_envs} env{'s' * (config.num_envs > 1)} | {run_dir}"
+        f"{of}{config.num_envs} env{'s' * (config.num_envs > 1)}{replay} | {run_dir}"
     )
 
 

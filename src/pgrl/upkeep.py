@@ -83,7 +83,8 @@ class Upkeep:
         with self.signals.protected():
             self._logger.sync()
             try:
-                checkpoint.save(self.run_dir, self._last.step, self._last.state, keep_also=[self._last.best_step])
+                keep, rows = [self._last.best_step], self._config.checkpoint.replay
+                checkpoint.save(self.run_dir, self._last.step, self._last.state, keep_also=keep, rows=rows)
             except checkpoint.SaveError as error:
                 log.warning("no checkpoint at step %d, the next is tried as usual: %s", self._last.step, error)
                 return False

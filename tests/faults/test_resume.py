@@ -18,6 +18,8 @@ import torch
 
 from pgrl import checkpoint
 from pgrl.logger import read_rows
+from pgrl.replay import same
+from pgrl.rows import Rows
 
 CASES = {
     "ppo-classic": ["algo=ppo", "env=CartPole-v1", "total_timesteps=24576", "num_envs=4", "algo.num_steps=64"],
@@ -31,11 +33,29 @@ CASES = {
     "trpo-classic": ["algo=trpo", "env=CartPole-v1", "total_timesteps=24576", "num_envs=4", "algo.num_steps=64"],
     "trpo-mujoco": ["algo=trpo", "env=HalfCheetah-v4", "total_timesteps=8192", "num_envs=2", "algo.num_steps=128"],
     "trpo-box2d": ["algo=trpo", "env=LunarLander-v3", "total_timesteps=16384", "num_envs=4", "algo.num_steps=128"],
+    "sac-classic": ["algo=sac", "env=Pendulum-v1", "total_timesteps=3000", "algo.n_step=3"],
+    "sac-discrete": ["algo=sac", "env=CartPole-v1", "total_timesteps=3000", "algo.norm_obs=true", "num_envs=2"],
+    "sac-mujoco": ["algo=sac", "env=Hopper-v4", "total_timesteps=3000", "algo.per_alpha=0.6"],
+    "sac-box2d": ["algo=sac", "env=LunarLanderContinuous-v3", "total_timesteps=3000", "algo.utd_ratio=0.5"],
+    "ddpg-classic": ["algo=ddpg", "env=Pendulum-v1", "total_timesteps=4000", "algo.noise=ou"],
+    "ddpg-mujoco": ["algo=ddpg", "experiment=td3", "env=HalfCheetah-v4", "total_timesteps=3000", "num_envs=2"],
+    "dpg-linear": ["algo=dpg", "env=pgrl/LinearQuadratic-v0", "total_timesteps=24000", "num_envs=8"],
 }
 COMMON = {
     "ppo": ["algo.update_epochs=4", "algo.num_minibatches=4", "algo.norm_obs=true", "algo.norm_reward=true"],
     "a2c": ["algo.norm_obs=true", "algo.norm_reward=true"],
     "reinforce": ["algo.num_steps=500", "algo.num_minibatches=10", "algo.norm_obs=true", "algo.norm_reward=true"],
+    "dpg": ["algo.num_steps=2", "algo.network.hidden_sizes=[8]"],
+    # a buffer that is full before the run ends
+    **dict.fromkeys(
+        ("ddpg", "sac"),
+        [
+            "algo.learning_starts=200",
+            "algo.buffer_size=1000",
+            "algo.batch_size=32",
+            "algo.network.hidden_sizes=[32,32]",
+        ],
+    ),
     **dict.fromkeys(
         ("npg", "trpo"),
         ["algo.num_minibatches=4", "algo.norm_obs=true", "algo.norm_reward=true", "algo.fisher_fraction=0.5"],
@@ -71,6 +91,8 @@ def equal(a: Any, b: Any) -> bool:
         return a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, np.ndarray):
         return a.dtype == b.dtype and a.tobytes() == b.tobytes()
+    if isinstance(a, Rows):
+        return isinstance(b, Rows) and same(a, b)
     return bool(a == b)
 
 
@@ -126,7 +148,19 @@ def interrupted(run_dir: Path, args: list[str], kills: int, seed: int, longest: 
     return hits
 
 
-@pytest.mark.parametrize("case", ["ppo-classic", "a2c-box2d", "ppo-mujoco", "reinforce-classic", "trpo-mujoco"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "ppo-classic",
+        "a2c-box2d",
+        "ppo-mujoco",
+        "reinforce-classic",
+        "trpo-mujoco",
+        "dpg-linear",
+        "sac-mujoco",
+        "ddpg-classic",
+    ],
+)
 def test_killed_run_resumes_bit_for_bit(case: str, tmp_path: Path) -> None:
     finish(start(*arguments(case), f"run_dir={tmp_path / 'whole'}"))
     hits = interrupted(tmp_path / "killed", arguments(case), 2, seed=1, longest=1.0, how=signal.SIGKILL)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from pgrl import functional, trust_region
+from pgrl.agents import DPG, on_policy, reinforce, trpo
 from pgrl.agents import natural as natural_agents
-from pgrl.agents import on_policy, reinforce, trpo
-from pgrl.distributions import Beta, Categorical, DiagGaussian
+from pgrl.distributions import Beta, Categorical, DiagGaussian, SquashedGaussian
 from pgrl.theory import STATEMENTS, Statement, estimators, gradients, natural
 from pgrl.theory.check import Check, at_least, differs, equal
 from pgrl.theory.mdp import episodes, objective, random_mdp, score_weighted, values
@@ -362,6 +362,39 @@ MUTATIONS = (
         "kl",
         lambda _: lambda self, other: torch.zeros_like(self.logits[..., 0]),
         ("TRPO's lower bound",),
+    ),
+    Mutation(
+        "gradients of the policy 1 % too large",
+        DPG,
+        "gradients",
+        scaled(1.01),
+        (
+            "deterministic policy gradient theorem",
+            "the compatible Q has the policy's slope",
+            "the best compatible Q is as good as Q",
+            "COPDAC-Q rests at the solution",
+        ),
+    ),
+    Mutation(
+        "the successor of another state",
+        functional,
+        "td0",
+        lambda right: lambda reward, next_value, *args: right(reward, next_value.roll(1, 0), *args),
+        ("COPDAC-Q rests at the solution", "soft backups are soft value iteration"),
+    ),
+    Mutation(
+        "a density without the slope of tanh",
+        SquashedGaussian,
+        "_log_det",
+        lambda _: staticmethod(lambda u: torch.zeros_like(u[..., 0])),
+        ("the squashed density integrates to 1",),
+    ),
+    Mutation(
+        "entropy at half its price",
+        functional,
+        "soft_value",
+        lambda right: lambda q, log_pi, alpha: right(q, log_pi, 0.5 * alpha),
+        ("the soft optimum is softmax(q / alpha)", "soft backups are soft value iteration"),
     ),
 )
 

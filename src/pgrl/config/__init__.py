@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
+from operator import attrgetter
 from pathlib import Path
 from textwrap import fill
 from typing import Any, NoReturn
@@ -68,6 +69,7 @@ HELP = f"""\
   eval_every=       steps between evaluations           save_every=   steps between checkpoints
   eval_episodes=    episodes of each                    log_every=    steps between rows of metrics
   threads=          of torch; null chooses              compile=      true, false
+  checkpoint.replay=  false: checkpoints without the replay buffer, after which resume= is not exact
   algo.KEY= env.KEY=                                    --cfg job prints every key and its value
 
   -m, --multirun    a run for each combination of values given with commas
@@ -76,7 +78,14 @@ HELP = f"""\
   --help, --version
 """
 EXAMPLE = ("algo=ppo", "env=CartPole-v1")
-KEPT = ("total_timesteps", "save_every", "tensorboard", "device", "threads")  # what resume= may change
+KEPT = (
+    "total_timesteps",
+    "save_every",
+    "tensorboard",
+    "device",
+    "threads",
+    "checkpoint.replay",
+)  # what resume= may change
 
 
 class Parser(argparse.ArgumentParser):
@@ -213,7 +222,8 @@ def resumed(config: RunConfig, given: dict[str, str]) -> RunConfig:
     total, status = run.total_timesteps, read_status(folder)
     for key in KEPT:
         if key in given:
-            setattr(run, key, getattr(config, key))
+            part, _, name = key.rpartition(".")
+            setattr(attrgetter(part)(run) if part else run, name, attrgetter(key)(config))
     told = status.get("step")
     step = max(checkpoint.list_steps(folder), default=told if isinstance(told, int) else 0)
     rollout = run.num_envs * vars(run.algo).get("num_steps", 1)

@@ -33,6 +33,11 @@ def values_states(algo: Any) -> bool:
     return getattr(algo, "baseline", "value") == "value"
 
 
+def has_layers(network: Any) -> bool:
+    """Whether an MLP of the network has hidden layers, of whatever kind its body is."""
+    return bool(network.hidden_sizes or getattr(network, "value_hidden_sizes", None))
+
+
 # By the dotted name, for every algorithm that has the key; the function is asked about the run's configuration.
 NEEDS: dict[str, Needs] = {
     "algo.n_step": Needs(lambda c: getattr(c.algo, "advantage", "n_step") == "n_step", "algo.advantage=n_step"),
@@ -51,6 +56,7 @@ NEEDS: dict[str, Needs] = {
     "algo.rms_prop_alpha": Needs(
         lambda c: getattr(c.algo, "optimizer", "rmsprop") == "rmsprop", "algo.optimizer=rmsprop"
     ),
+    "algo.network.activation": Needs(lambda c: has_layers(c.algo.network), "algo.network.hidden_sizes=[64]"),
     "algo.network.policy_gain": Needs(lambda c: c.algo.network.init == "orthogonal", "algo.network.init=orthogonal"),
     "algo.network.value_gain": Needs(lambda c: c.algo.network.init == "orthogonal", "algo.network.init=orthogonal"),
     "algo.policy.log_std_init": Needs(
@@ -59,6 +65,14 @@ NEEDS: dict[str, Needs] = {
     "algo.policy.state_dependent_std": Needs(
         lambda c: c.algo.policy.distribution != "beta", "algo.policy.distribution=gaussian"
     ),
+    "checkpoint.replay": Needs(lambda c: hasattr(c.algo, "buffer_size"), "algo=sac"),
+    "algo.per_beta": Needs(lambda c: c.algo.per_alpha is not None, "algo.per_alpha=0.6"),
+    "algo.ou_theta": Needs(lambda c: c.algo.noise == "ou", "algo.noise=ou"),
+    "algo.target_noise_clip": Needs(lambda c: c.algo.target_noise is not None, "algo.target_noise=0.2"),
+    **{
+        f"algo.{key}": Needs(lambda c: c.algo.alpha is None, "algo.alpha=null")
+        for key in ("alpha_init", "alpha_lr", "target_entropy")
+    },
     "eval_episodes": Needs(lambda c: c.eval_every is not None, "eval_every=10000"),
 }
 
@@ -97,17 +111,20 @@ SHARE = Rule(lambda x: 0 <= x <= 1, "must be in [0, 1]")
 RULES: dict[str, Rule] = {
     **dict.fromkeys(
         "total_timesteps num_envs threads eval_every eval_episodes save_every log_every max_episode_steps num_steps "
-        "n_step update_epochs num_minibatches num_workers episodes cg_steps backtrack_steps".split(),
+        "n_step update_epochs num_minibatches num_workers episodes cg_steps backtrack_steps buffer_size batch_size "
+        "learning_starts policy_delay".split(),
         COUNT,
     ),
     **dict.fromkeys(("hidden_sizes", "value_hidden_sizes"), COUNTS),
     **dict.fromkeys(
         "learning_rate value_learning_rate adaptive_lr_kl adam_eps opt_eps max_grad_norm clip_coef clip_coef_high "
         "vf_clip_coef target_kl kl_coef kl_coef_target clip_obs clip_reward policy_gain value_gain max_kl "
-        "step_size".split(),
+        "step_size utd_ratio actor_lr critic_lr advantage_lr value_lr alpha alpha_init alpha_lr noise_std target_noise "
+        "target_noise_clip per_alpha".split(),
         POSITIVE,
     ),
-    **dict.fromkeys(("gamma", "gae_lambda"), SHARE),
+    **dict.fromkeys(("gamma", "gae_lambda", "per_beta", "ou_theta"), SHARE),
+    "tau": Rule(lambda x: 0 < x <= 1, "must be above 0, and at most 1"),
     **dict.fromkeys(("damping", "cg_tolerance", "accept_ratio"), Rule(lambda x: x >= 0, "must not be negative")),
     "fisher_fraction": Rule(lambda x: 0 < x <= 1, "must be above 0, and at most 1"),
     "backtrack_factor": Rule(lambda x: 0 < x < 1, "must be above 0 and below 1"),
@@ -129,6 +146,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "init": ("orthogonal", "xavier"),
     "distribution": ("gaussian", "squashed", "beta"),
     "backend": ("gymnasium",),
+    "noise": ("gaussian", "ou"),
 }
 
 
@@ -192,8 +210,10 @@ def wrong_together(config: RunConfig) -> Iterator[Problem]:
     if algo.get("baseline") in OVER_ENVS and config.num_envs == 1:
         why = f"leaves algo.baseline={algo['baseline']}, which averages over the other envs, none of them"
         yield Problem("num_envs", 1, why, ("num_envs=4",))
+    if config.compile and schema.algo_name(config.algo) == "dpg":
+        yield Problem("compile", True, "algo=dpg has no loss whose step could be compiled", ("compile=false",))
     network = algo.get("network")
-    if network is not None and network.shared and network.value_hidden_sizes is not None:
+    if getattr(network, "shared", False) and network.value_hidden_sizes is not None:
         why = "does nothing where algo.network.shared=true gives both networks one body"
         key = "algo.network.value_hidden_sizes"
         yield Problem(key, network.value_hidden_sizes, why, (f"{key}=null",))
@@ -210,6 +230,23 @@ def wrong_episodes(config: RunConfig) -> Iterator[Problem]:
         parts = vars(config.algo)["num_minibatches"] if values_states(config.algo) else 1
         fitting = next(n for n in range(limit, 2 * limit + parts) if n * config.num_envs % parts == 0)
         yield Problem("algo.num_steps", num_steps, why, (f"algo.num_steps={fitting}",))
+
+
+def wrong_replay(config: RunConfig) -> Iterator[Problem]:
+    """A memory, or a run, too small for what is to be learnt from it."""
+    algo = vars(config.algo)
+    if "buffer_size" not in algo:
+        return
+    batch, starts = algo["batch_size"], algo["learning_starts"]
+    if algo["buffer_size"] // config.num_envs * config.num_envs < batch:  # whole steps of all envs are kept
+        why = f"cannot hold one batch, algo.batch_size={batch}"
+        yield Problem("algo.buffer_size", algo["buffer_size"], why, (f"algo.buffer_size={100 * batch}",))
+    if starts < batch:
+        why = f"is less than one batch, algo.batch_size={batch}, which would hold the same transitions again and again"
+        yield Problem("algo.learning_starts", starts, why, (f"algo.learning_starts={batch}",))
+    elif config.total_timesteps <= starts:
+        why = f"leaves nothing to learn after algo.learning_starts={starts} random actions"
+        yield Problem("total_timesteps", config.total_timesteps, why, (f"total_timesteps={10 * starts}",))
 
 
 def wrong_asynchronous(config: RunConfig) -> Iterator[Problem]:
@@ -329,6 +366,7 @@ def check(config: RunConfig, keys: dict[str, schema.Key]) -> list[Problem]:
     problems = list(wrong_values(config, keys))
     if not problems:
         problems += wrong_together(config)
+        problems += wrong_replay(config)
         problems += wrong_asynchronous(config)
     problems += wrong_env(config.env.id)
     if not problems:

@@ -52,6 +52,13 @@ else:
 
 
 @dataclass
+class CheckpointConfig:
+    """What checkpoints hold beside what every run needs."""
+
+    replay: bool = True  # the replay buffer; without it a resumed run goes on with an empty one, and is another run
+
+
+@dataclass
 class RunConfig:
     """Top-level keys. Counts and periods are in env steps over all envs; `null` switches a period off."""
 
@@ -69,6 +76,7 @@ class RunConfig:
     eval_episodes: int = 10
     save_every: int | None = 100_000
     log_every: int | None = 1_000
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tensorboard: bool = True
 
 

@@ -68,9 +68,9 @@ def unknown_env(env_id: str, error: Exception) -> UserError:
 
 
 def is_builtin(env_id: str) -> bool:
-    """Whether a registered env is Gymnasium's own, so that it needs no package before its id."""
+    """Whether a registered env is Gymnasium's or pgrl's own, so that it needs no package before its id."""
     entry = gymnasium.registry[env_id].entry_point
-    return (entry if isinstance(entry, str) else getattr(entry, "__module__", "")).startswith("gymnasium.")
+    return (entry if isinstance(entry, str) else getattr(entry, "__module__", "")).startswith(("gymnasium.", "pgrl."))
 
 
 def wrong_kwargs(config: EnvConfig, error: TypeError) -> UserError:

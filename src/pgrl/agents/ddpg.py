@@ -1,0 +1,153 @@
+"""Deep deterministic policy gradient: Lillicrap et al. 2016, arXiv 1509.02971.
+
+The three changes of TD3 (Fujimoto et al. 2018, arXiv 1802.09477) are keys: `twin`, `target_noise` and `policy_delay`;
+together they are `experiment=td3`.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import gymnasium.spaces as spaces
+import torch
+from torch import Tensor, nn
+
+from pgrl import functional
+from pgrl.agents.base import Agent, Setting, generator
+from pgrl.agents.off_policy import (
+    OffPolicyConfig,
+    Target,
+    draw,
+    make_buffer,
+    make_obs_norm,
+    means,
+    random_actions,
+    updates_due,
+)
+from pgrl.data import NoiseStream, Transition
+from pgrl.errors import UserError
+from pgrl.networks import Critics, DeterministicPolicy
+from pgrl.optim import Adam, GradientStep, Loss
+
+
+@dataclass
+class DDPGConfig(OffPolicyConfig):
+    """`algo=ddpg`; the defaults are those of Fujimoto et al. 2018, table 3, for their DDPG ("our DDPG")."""
+
+    actor_lr: float = 1e-3  # Adam's
+    critic_lr: float = 1e-3
+    noise: str = "gaussian"  # gaussian, or ou: Ornstein-Uhlenbeck, as Lillicrap et al. 2016, section 7
+    noise_std: float = 0.1  # of the actions' noise, whose range is [-1, 1]
+    ou_theta: float = 0.15  # for noise=ou: the share of it that a step takes away; Lillicrap et al. 2016, section 7
+    twin: bool = False  # two critics, the smaller of which counts; Fujimoto et al. 2018, equation 10
+    target_noise: float | None = None  # std of noise on the targets' actions; null: off; 0.2 in equation 14
+    target_noise_clip: float = 0.5  # that noise within +-
+    policy_delay: int = 1  # the policy and the targets change at every n-th gradient step; Fujimoto et al. 2018
+
+
+class CriticBatch(NamedTuple):
+    """What the critics learn from, [N, ...] each; actions in the policy's units."""
+
+    obs: Tensor
+    action: Tensor
+    reward: Tensor
+    next_obs: Tensor
+    discount: Tensor
+    weight: Tensor
+    noise: Tensor  # for the next actions
+
+
+class DDPG(Agent):
+    name = "ddpg"
+
+    def __init__(self, config: DDPGConfig, setting: Setting) -> None:
+        action_space, device = setting.action_space, setting.device
+        if not isinstance(action_space, spaces.Box):
+            raise UserError(
+                f"algo=ddpg needs continuous actions, a Box, but this env's are {action_space}.\nUse: algo=sac"
+                if isinstance(action_space, spaces.Discrete)
+                else f"algo=ddpg needs continuous actions, a Box, but this env's are {action_space}.\nUse: algo=ppo"
+            )
+        self.config, self.num_steps, self.action_space = config, config.num_steps, action_space
+        self.net = DeterministicPolicy(setting.obs_space, action_space, config.network).to(device)
+        self.critics = Critics(1 + config.twin, setting.obs_space, action_space, config.network).to(device)
+        self.target_net, self.target_critics = copy.deepcopy(self.net), copy.deepcopy(self.critics)
+        self.target = Target(self.target_net, self.target_critics)
+        self.obs_norm = make_obs_norm(config, setting)
+        self.buffer = make_buffer(config, setting)
+        self.noise = NoiseStream(self.net.noise, config.num_steps, generator(setting.seed, 0, device))
+        self.random = generator(setting.seed, 1, device)  # the first actions
+        self.draws = generator(setting.seed, 2, device)  # the noise inside updates
+        self.drift = torch.zeros(setting.num_envs, self.net.actions, device=device)  # the state of noise=ou
+        self.updates = torch.zeros((), dtype=torch.int64)
+
+        def step(loss: Loss, net: nn.Module) -> GradientStep:
+            return GradientStep(
+                loss,
+                [(list(net.parameters()), 1.0)],
+                Adam,
+                max_grad_norm=config.max_grad_norm,
+                compiled=setting.compiled,
+            )
+
+        self.critic_step, self.actor_step = step(self.critic_loss, self.critics), step(self.actor_loss, self.net)
+
+    def act(self, obs: Tensor, explore: bool = True) -> Tensor:
+        config, net = self.config, self.net
+        if explore and self.buffer.count < config.learning_starts:
+            return random_actions(self.action_space, len(obs), self.random)
+        action = net(obs if self.obs_norm is None else self.obs_norm(obs))
+        if explore:
+            noise = config.noise_std * self.noise.next(len(obs))
+            if config.noise == "ou":
+                noise = self.drift.mul_(1.0 - config.ou_theta).add_(noise)
+            action = (action + noise).clamp(-1.0, 1.0)
+        return net.to_env_units(action)
+
+    def update(self, rollout: Transition, progress: float) -> dict[str, Tensor]:
+        self.buffer.add(rollout)
+        self.drift *= (~(rollout.terminated[-1] | rollout.truncated[-1])).unsqueeze(-1)  # a new episode's is 0
+        due = updates_due(self.config, self.buffer, rollout.reward.numel())
+        metrics = means([self.learn(progress) for _ in range(due)]) if due else {}
+        if self.obs_norm is not None:
+            self.obs_norm.update(rollout.obs)
+        return {**metrics, "charts/updates": self.updates.clone()}
+
+    def learn(self, progress: float) -> dict[str, Tensor]:
+        """One gradient step of the critics, and of the policy and the targets when it is their turn."""
+        config = self.config
+        with torch.no_grad():
+            sample = draw(config, self.buffer, self.obs_norm, progress)
+            noise = self.net.noise((config.batch_size,), self.draws)
+            action = self.net.to_policy_units(sample.action)
+        obs, lr = sample.obs, torch.tensor([config.critic_lr, config.actor_lr], device=action.device)
+
+        batch = CriticBatch(obs, action, sample.reward, sample.next_obs, sample.discount, sample.weight, noise)
+        qf_loss, qf_values, td_error, grad_norm = self.critic_step(batch, lr[0], ())
+        if config.per_alpha is not None:
+            self.buffer.update_priorities(sample.index, td_error)
+        metrics = {"losses/qf_loss": qf_loss, "losses/qf_values": qf_values, "losses/qf_grad_norm": grad_norm}
+        self.updates += 1
+        if int(self.updates) % config.policy_delay == 0:
+            metrics["losses/actor_loss"], metrics["losses/actor_grad_norm"] = self.actor_step(obs, lr[1], ())
+            self.target.follow(self.net, self.critics, tau=config.tau)
+        return metrics
+
+    def critic_loss(self, batch: CriticBatch, _: tuple[()]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The Bellman error of the critics, algorithm 1, summed; metrics: itself, mean Q, and TD errors [N]."""
+        with torch.no_grad():
+            action = self.target_net.forward(batch.next_obs)
+            if self.config.target_noise is not None:  # Fujimoto et al. 2018, equation 14
+                bound = self.config.target_noise_clip
+                action = (action + (self.config.target_noise * batch.noise).clamp(-bound, bound)).clamp(-1.0, 1.0)
+            target = batch.reward + batch.discount * self.target_critics.forward(batch.next_obs, action).amin(0)
+        q = self.critics.forward(batch.obs, batch.action)
+        loss = functional.q_loss(q, target, batch.weight)
+        return loss, (loss, q.mean(), (q - target).abs().mean(0))
+
+    def actor_loss(self, obs: Tensor, _: tuple[()]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """-E[Q(s, mu(s))], equation 6, by the first critic."""
+        loss = -self.critics.first(obs, self.net.forward(obs)).mean()
+        return loss, (loss,)

@@ -1,0 +1,111 @@
+"""What the off-policy algorithms with replay share: their keys, their memory, and how often they learn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import gymnasium.spaces as spaces
+import torch
+from torch import Generator, Tensor, nn
+
+from pgrl.agents.base import Setting, generator
+from pgrl.flat import FlatParameters, flatten
+from pgrl.networks import OffPolicyNetworkConfig
+from pgrl.normalisers import RunningNorm
+from pgrl.replay import Batch, Priority, ReplayBuffer
+
+
+@dataclass
+class OffPolicyConfig:
+    """Keys of every algorithm that learns from replay; defaults from Haarnoja et al. 2018 (1812.05905), table 1."""
+
+    gamma: float = 0.99  # discount, in [0, 1]
+    num_steps: int = 1  # T: steps of each env between updates
+    utd_ratio: float = 1.0  # gradient steps for each transition; above 1: Chen et al. 2021 (2101.05982)
+    buffer_size: int = 1_000_000  # transitions kept
+    batch_size: int = 256  # transitions of a gradient step
+    learning_starts: int = 10_000  # transitions by uniformly random actions before; Spinning Up's, for DDPG and SAC
+    tau: float = 0.005  # share of the target networks that each step renews
+    n_step: int = 1  # rewards before the bootstrap; Sutton 1988; fewer where an episode ends
+    per_alpha: float | None = None  # exponent of the priorities; null: uniform replay; 0.6 in Schaul et al. 2016
+    per_beta: float = 0.4  # exponent of their importance weights, linearly to 1; Schaul et al. 2016, table 3
+    norm_obs: bool = False  # observations to mean 0, std 1 by running statistics
+    clip_obs: float | None = 10.0  # normalised observations within +-; null: off
+    max_grad_norm: float | None = None  # of each network's gradient; null: off
+    network: OffPolicyNetworkConfig = field(default_factory=OffPolicyNetworkConfig)
+
+
+def make_buffer(config: OffPolicyConfig, setting: Setting) -> ReplayBuffer:
+    """The memory of an agent."""
+    return ReplayBuffer(
+        config.buffer_size,
+        setting.num_envs,
+        setting.obs_space,
+        setting.action_space,
+        setting.device,
+        generator(setting.seed, 3, setting.device),
+        gamma=config.gamma,
+        n_step=config.n_step,
+        prioritised=None if config.per_alpha is None else Priority(config.per_alpha),
+    )
+
+
+def make_obs_norm(config: OffPolicyConfig, setting: Setting) -> RunningNorm | None:
+    """The normaliser of observations where it is switched on."""
+    if not config.norm_obs or setting.obs_space.dtype == "uint8":
+        return None
+    return RunningNorm(setting.obs_space.shape, config.clip_obs).to(setting.device)
+
+
+def updates_due(config: OffPolicyConfig, buffer: ReplayBuffer, new: int) -> int:
+    """Gradient steps after the last `new` transitions: `utd_ratio` for each from `learning_starts` on.
+
+    None while the buffer holds less than a batch, as after a resume without its rows.
+    """
+    if len(buffer) < config.batch_size:
+        return 0
+    learning = max(0, buffer.count - config.learning_starts)
+    before = max(0, buffer.count - new - config.learning_starts)
+    return math.floor(learning * config.utd_ratio) - math.floor(before * config.utd_ratio)
+
+
+def draw(config: OffPolicyConfig, buffer: ReplayBuffer, obs_norm: RunningNorm | None, progress: float) -> Batch:
+    """A batch of replay, its observations normalised by the present statistics."""
+    batch = buffer.sample(config.batch_size, config.per_beta + (1.0 - config.per_beta) * progress)
+    if obs_norm is None:
+        return batch
+    return batch._replace(obs=obs_norm(batch.obs), next_obs=obs_norm(batch.next_obs))
+
+
+def random_actions(space: spaces.Space, num_envs: int, generator: Generator) -> Tensor:  # type: ignore[type-arg]
+    """Uniformly random actions [B, ...] of a bounded Box or a Discrete space, in the env's units."""
+    device = generator.device
+    if isinstance(space, spaces.Discrete):
+        return torch.randint(int(space.n), (num_envs,), generator=generator, device=device)
+    assert isinstance(space, spaces.Box)
+    low, high = (torch.from_numpy(x.ravel()).float().to(device) for x in (space.low, space.high))
+    return low + (high - low) * torch.rand((num_envs, len(low)), generator=generator, device=device)
+
+
+class Target(FlatParameters):
+    """The parameters of networks that follow others: Lillicrap et al. 2016 (arXiv 1509.02971), algorithm 1."""
+
+    def __init__(self, *nets: nn.Module) -> None:
+        super().__init__([p for net in nets for p in net.parameters()])
+        for p in self.parameters:
+            p.requires_grad_(False)
+
+    @torch.no_grad()
+    def follow(self, *nets: nn.Module, tau: float) -> None:
+        """theta' <- (1 - tau) theta' + tau theta."""
+        self.vector.lerp_(flatten([p for net in nets for p in net.parameters()]), tau)
+
+
+def means(steps: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of each metric over the gradient steps that have it."""
+    if len(steps) == 1:
+        return steps[0]
+    names = dict.fromkeys(name for step in steps for name in step)
+    return {name: torch.stack([step[name] for step in steps if name in step]).mean() for name in names}

@@ -1,0 +1,211 @@
+"""Soft actor-critic: Haarnoja et al. 2018, arXiv 1812.05905 ("Soft Actor-Critic Algorithms and Applications").
+
+The policy is a squashed Gaussian with the exact log-determinant; two critics, the smaller of which counts (Fujimoto et
+al. 2018), and a temperature that is learnt. Where one action is chosen among K, expectations over actions are sums:
+Christodoulou 2019, arXiv 1910.07207.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import gymnasium.spaces as spaces
+import torch
+from torch import Tensor, nn
+
+from pgrl import functional
+from pgrl.agents.base import Agent, Setting, generator
+from pgrl.agents.off_policy import (
+    OffPolicyConfig,
+    Target,
+    draw,
+    make_buffer,
+    make_obs_norm,
+    means,
+    random_actions,
+    updates_due,
+)
+from pgrl.data import NoiseStream, Transition
+from pgrl.distributions import Categorical, SquashedGaussian
+from pgrl.errors import UserError
+from pgrl.networks import Critics, Policy, PolicyConfig
+from pgrl.optim import Adam, GradientStep, Loss
+
+
+@dataclass
+class SACConfig(OffPolicyConfig):
+    """`algo=sac`; the defaults are Haarnoja et al. 2018 (1812.05905), table 1, where they name a value."""
+
+    actor_lr: float = 3e-4  # Adam's
+    critic_lr: float = 3e-4
+    policy_delay: int = 1  # the policy and the temperature learn at every n-th gradient step; Fujimoto et al. 2018
+    alpha: float | None = None  # temperature; null: learnt, so that the entropy is target_entropy; equation 18
+    alpha_init: float = 1.0  # where learning it begins
+    alpha_lr: float = 3e-4
+    target_entropy: float | None = (
+        None  # nats; null: -(number of actions), or 0.98 ln K of K choices (Christodoulou 2019)
+    )
+
+
+class CriticBatch(NamedTuple):
+    """What the critics learn from, [N, ...] each; actions in the policy's units."""
+
+    obs: Tensor
+    action: Tensor
+    reward: Tensor
+    next_obs: Tensor
+    discount: Tensor
+    weight: Tensor
+    noise: Tensor  # for the next actions
+
+
+class ActorBatch(NamedTuple):
+    """What the policy learns from, [N, ...] each."""
+
+    obs: Tensor
+    noise: Tensor
+
+
+class Temperature(nn.Module):
+    """alpha > 0: what a nat of entropy is worth."""
+
+    def __init__(self, initial: float) -> None:
+        super().__init__()
+        self.log = nn.Parameter(torch.tensor(math.log(initial)))
+
+    def forward(self) -> Tensor:
+        return self.log.exp()
+
+
+class SAC(Agent):
+    name = "sac"
+
+    def __init__(self, config: SACConfig, setting: Setting) -> None:
+        obs_space, action_space, device = setting.obs_space, setting.action_space, setting.device
+        check_actions(action_space)
+        self.config, self.num_steps, self.action_space = config, config.num_steps, action_space
+        kind = PolicyConfig(distribution="squashed", state_dependent_std=True)
+        self.net = Policy(obs_space, action_space, config.network, kind).to(device)
+        self.critics = Critics(2, obs_space, action_space, config.network).to(device)
+        self.target_critics = copy.deepcopy(self.critics)
+        self.target = Target(self.target_critics)
+        self.temperature = Temperature(config.alpha_init if config.alpha is None else config.alpha).to(device)
+        self.target_entropy = config.target_entropy if config.target_entropy is not None else usual(action_space)
+        self.obs_norm = make_obs_norm(config, setting)
+        self.buffer = make_buffer(config, setting)
+        self.noise = NoiseStream(self.net.noise, config.num_steps, generator(setting.seed, 0, device))
+        self.random = generator(setting.seed, 1, device)  # the first actions
+        self.draws = generator(setting.seed, 2, device)  # the actions inside updates
+        self.updates = torch.zeros((), dtype=torch.int64)
+
+        def step(loss: Loss, net: nn.Module) -> GradientStep:
+            return GradientStep(
+                loss,
+                [(list(net.parameters()), 1.0)],
+                Adam,
+                max_grad_norm=config.max_grad_norm,
+                compiled=setting.compiled,
+            )
+
+        self.critic_step = step(self.critic_loss, self.critics)
+        self.actor_step = step(self.actor_loss, self.net)
+        self.temperature_step = step(self.temperature_loss, self.temperature)
+
+    def act(self, obs: Tensor, explore: bool = True) -> Tensor:
+        if explore and self.buffer.count < self.config.learning_starts:
+            return random_actions(self.action_space, len(obs), self.random)
+        obs = obs if self.obs_norm is None else self.obs_norm(obs)
+        return self.net.sample(obs, self.noise.next(len(obs))) if explore else self.net.mode(obs)
+
+    def update(self, rollout: Transition, progress: float) -> dict[str, Tensor]:
+        self.buffer.add(rollout)
+        due = updates_due(self.config, self.buffer, rollout.reward.numel())
+        metrics = means([self.learn(progress) for _ in range(due)]) if due else {}
+        if self.obs_norm is not None:
+            self.obs_norm.update(rollout.obs)
+        return {**metrics, "charts/updates": self.updates.clone()}
+
+    def learn(self, progress: float) -> dict[str, Tensor]:
+        """One gradient step of the critics, and of the policy and the temperature when it is their turn."""
+        config = self.config
+        with torch.no_grad():
+            sample = draw(config, self.buffer, self.obs_norm, progress)
+            noise = self.net.noise((2, config.batch_size), self.draws)
+            alpha = self.temperature()
+            action = self.net.to_policy_units(sample.action)
+        obs, lr = sample.obs, torch.tensor([config.critic_lr, config.actor_lr, config.alpha_lr], device=alpha.device)
+
+        batch = CriticBatch(obs, action, sample.reward, sample.next_obs, sample.discount, sample.weight, noise[0])
+        qf_loss, qf_values, td_error, grad_norm = self.critic_step(batch, lr[0], alpha)
+        if config.per_alpha is not None:
+            self.buffer.update_priorities(sample.index, td_error)
+        metrics = {"losses/qf_loss": qf_loss, "losses/qf_values": qf_values, "losses/qf_grad_norm": grad_norm}
+        self.target.follow(self.critics, tau=config.tau)
+        self.updates += 1
+        if int(self.updates) % config.policy_delay == 0:
+            actor_loss, entropy, grad_norm = self.actor_step(ActorBatch(obs, noise[1]), lr[1], alpha)
+            metrics |= {"losses/actor_loss": actor_loss, "losses/entropy": entropy, "losses/alpha": alpha}
+            metrics["losses/actor_grad_norm"] = grad_norm
+            if config.alpha is None:
+                metrics["losses/alpha_loss"], _ = self.temperature_step(entropy, lr[2], ())
+        return metrics
+
+    def critic_loss(self, batch: CriticBatch, alpha: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The soft Bellman error of both critics, equations 5 and 6, summed; metrics: itself, mean Q, TD errors [N]."""
+        with torch.no_grad():
+            target = batch.reward + batch.discount * self.next_value(batch, alpha)
+        q = self.critics.forward(batch.obs, batch.action)
+        loss = functional.q_loss(q, target, batch.weight)
+        return loss, (loss, q.mean(), (q - target).abs().mean(0))
+
+    def next_value(self, batch: CriticBatch, alpha: Tensor) -> Tensor:
+        """V(s') [N] of the present policy and the target critics: equation 3."""
+        policy = self.net.policy(batch.next_obs)
+        if isinstance(policy, Categorical):
+            q = self.target_critics.forward(batch.next_obs).amin(0)
+            return functional.soft_value(q, policy.logits.log_softmax(-1), alpha)
+        assert isinstance(policy, SquashedGaussian)
+        action, log_prob = policy.sample_with_log_prob(batch.noise)
+        return self.target_critics.forward(batch.next_obs, action).amin(0) - alpha * log_prob
+
+    def actor_loss(self, batch: ActorBatch, alpha: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """E[alpha log pi - Q] under the policy, equations 7 and 9; metrics: itself, and the entropy []."""
+        policy = self.net.policy(batch.obs)
+        if isinstance(policy, Categorical):
+            log_pi = policy.logits.log_softmax(-1)
+            with torch.no_grad():
+                q = self.critics.forward(batch.obs).amin(0)
+            loss = -functional.soft_value(q, log_pi, alpha).mean()
+            return loss, (loss, -(log_pi.exp() * log_pi).sum(-1).mean())
+        assert isinstance(policy, SquashedGaussian)
+        action, log_prob = policy.sample_with_log_prob(batch.noise)
+        loss = (alpha * log_prob - self.critics.forward(batch.obs, action).amin(0)).mean()
+        return loss, (loss, -log_prob.mean())
+
+    def temperature_loss(self, entropy: Tensor, _: tuple[()]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """E[-alpha log pi - alpha * target entropy], equation 18."""
+        loss = self.temperature.forward() * (entropy - self.target_entropy)
+        return loss, (loss,)
+
+
+def usual(space: spaces.Space) -> float:  # type: ignore[type-arg]
+    """The target entropy in nats: Haarnoja et al. 2018, table 1; Christodoulou 2019, section 5."""
+    if isinstance(space, spaces.Discrete):
+        return 0.98 * math.log(int(space.n))
+    return -float(math.prod(space.shape or ()))
+
+
+def check_actions(space: spaces.Space) -> None:  # type: ignore[type-arg]
+    """UserError unless the policy can be uniform over the actions: a bounded Box, or Discrete."""
+    if isinstance(space, spaces.Discrete):
+        return
+    if not isinstance(space, spaces.Box):
+        raise UserError(f"algo=sac needs Box or Discrete actions, but this env's are {space}.\nUse: algo=ppo")
+    if not (space.is_bounded("both")):
+        raise UserError(
+            f"algo=sac needs finite action bounds, but this env's are [{space.low.min()}, {space.high.max()}]."
+            "\nUse: algo=ppo"
+        )

@@ -1,0 +1,622 @@
+"""Experience replay: a ring of transitions, sampled uniformly or by priority, whose state is cheap to keep and to save.
+
+A transition is a row of bytes: observation, action, reward, discount and a link. Each env has a ring of rows in the
+order of time, so what a transition led to is the observation of the next row, and one copy of the row and its n
+followers is all that a sample needs. The ring has a row more than it holds: its head, with the observation that the
+newest row led to. Only where an episode ended does a transition lead elsewhere; the link then names an entry of a
+second, small ring, the ends.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import weakref
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, NamedTuple
+
+import gymnasium.spaces as spaces
+import torch
+from torch import Generator, Tensor
+
+from pgrl.data import Transition, action_rows, restore_generator
+from pgrl.rows import Rows
+
+# A link is 2 * entry + terminated where an episode ended, and -2 - 2 * entry elsewhere, entry being the next one to
+# come. Entries are numbered in order of time and env, modulo ENTRIES, so that a link fits 32 bits. So the link of the
+# oldest row tells where the live ends begin, and ends are freed by no work at all.
+ENTRIES = 2**30
+FEWEST_ENDS = 64  # room for ends at first; it doubles when it is full
+SEGMENTS, SEGMENT_BYTES = 64, 2**18  # a full ring has about so many segments, or fewer of at least so many bytes
+FAN = 32  # children of a node of the sum tree
+
+
+class Batch(NamedTuple):
+    """N samples of up to n steps each."""
+
+    obs: Tensor  # [N, *obs], as stored: uint8 or float32
+    action: Tensor  # [N, ...]
+    reward: Tensor  # [N] sum over k of gamma^k r_k, cut where an episode ended and at the newest row
+    next_obs: Tensor  # [N, *obs] what the last of these steps led to, before any reset
+    discount: Tensor  # [N] gamma^(steps taken), 0 where the last of them terminated
+    weight: Tensor  # [N] importance weights of prioritised replay, otherwise ones
+    index: Tensor  # type: ignore[assignment]  # [N] int64, for `update_priorities`, until the next `add`
+
+
+class Priority(NamedTuple):
+    """Prioritised replay: a sample's probability is proportional to (|TD error| + eps)^alpha.
+
+    Schaul et al. 2016 (arXiv 1511.05952), section 3.3, the proportional variant; alpha as in its experiments.
+    """
+
+    alpha: float = 0.6
+    eps: float = 1e-6
+
+
+class Layout(NamedTuple):
+    """Where things lie in the bytes of a row, and how many rows there are."""
+
+    capacity: int  # rows in time; times num_envs: transitions
+    num_envs: int
+    obs_shape: tuple[int, ...]
+    obs_dtype: torch.dtype
+    obs_bytes: int
+    action_shape: tuple[int, ...]
+    action_dtype: torch.dtype  # as stored: float32 or int32
+    action_at: int
+    reward_at: int  # then the discount, gamma or 0, and the link
+    width: int  # bytes
+    n_step: int
+
+    @property
+    def size(self) -> int:
+        """Times in the ring: those it holds, and the head."""
+        return self.capacity + 1
+
+    @property
+    def length(self) -> int:
+        """Rows of an env: the ring, and its first n rows once more, so that n rows follow every row."""
+        return self.size + self.n_step
+
+    @property
+    def segment(self) -> int:
+        """Times in a segment of a checkpoint."""
+        return max(-(-self.capacity // SEGMENTS), -(-SEGMENT_BYTES // (self.num_envs * self.width)))
+
+
+def layout(
+    capacity: int, num_envs: int, obs_space: spaces.Box, action_space: spaces.Space[Any], n_step: int = 1
+) -> Layout:
+    """The layout for `capacity` transitions of `num_envs` envs, rounded down to whole times, but at least one."""
+    obs_dtype = torch.uint8 if obs_space.dtype == "uint8" else torch.float32
+    obs_bytes = torch.Size(obs_space.shape).numel() * obs_dtype.itemsize
+    shape, dtype = action_rows(action_space)
+    if not dtype.is_floating_point:
+        dtype = torch.int32
+    action_at = -(-obs_bytes // 4) * 4
+    reward_at = action_at + torch.Size(shape).numel() * dtype.itemsize
+    times = max(1, capacity // num_envs)
+    return Layout(
+        *(times, num_envs, obs_space.shape, obs_dtype, obs_bytes, shape, dtype),
+        *(action_at, reward_at, reward_at + 12, n_step),
+    )
+
+
+def nbytes(
+    capacity: int,
+    num_envs: int,
+    obs_space: spaces.Box,
+    action_space: spaces.Space[Any],
+    n_step: int = 1,
+    prioritised: Priority | None = None,
+) -> int:
+    """The bytes that a buffer allocates at its first transition.
+
+    Later only the ends may take more, an observation for each episode's end that is held and at most four times that.
+    """
+    shape = layout(capacity, num_envs, obs_space, action_space, n_step)
+    rows = shape.num_envs * shape.length
+    tree = 0 if prioritised is None else 8 * sum(tree_sizes(rows))
+    return rows * shape.width + FEWEST_ENDS * shape.obs_bytes + tree
+
+
+def field(rows: Tensor, at: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """What lies from byte `at` on in rows [..., width], as [..., *shape]: a view."""
+    size = torch.Size(shape).numel() * dtype.itemsize
+    return rows[..., at : at + size].view(dtype).view(*rows.shape[:-1], *shape)
+
+
+def columns(data: Tensor, count: int, width: int, at: int, shape: tuple[int, ...]) -> Tensor:
+    """Columns of contiguous data [count, width] from `at` on, as [count, *shape]: a view, in one operation."""
+    return data.as_strided((count, *shape), (width, *strides(shape)), at)
+
+
+@cache
+def strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Those of a contiguous tensor of this shape."""
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
+class ReplayBuffer:
+    """The last `capacity` transitions of B envs; `add` costs the same for each, `sample` does not wait for anything.
+
+    capacity: transitions over all envs, rounded down to whole times of B. gamma, n_step: of the returns that samples
+    come with. generator: draws the samples, and nothing else may draw from it. Memory is taken at the first `add`.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        num_envs: int,
+        obs_space: spaces.Box,
+        action_space: spaces.Space[Any],
+        device: torch.device,
+        generator: Generator,
+        *,
+        gamma: float,
+        n_step: int = 1,
+        prioritised: Priority | None = None,
+    ) -> None:
+        self.layout = layout(capacity, num_envs, obs_space, action_space, n_step)
+        self.gamma, self.n_step, self.prioritised = gamma, n_step, prioritised
+        self._device, self._generator = device, generator
+        self._first, self._time = 0, 0  # the times first .. time - 1 are held, numbered from the run's start
+        self._rows: Tensor | None = None  # uint8 [length, B, width]; in memory env by env
+        self._ends = torch.empty(0)  # uint8 [a power of two, obs_bytes]; entry e is at e modulo its length
+        self._first_end, self._next_end = 0, 0  # the first that may be live, and the next; not reduced
+        self._tree: SumTree | None = None
+        self._snapshots: list[weakref.ref[Snapshot]] = []
+        self._saved: dict[int, str] = {}
+        self._powers = torch.tensor([gamma**k for k in range(n_step)], device=device)
+
+    def __len__(self) -> int:
+        """Transitions held."""
+        return (self._time - self._first) * self.layout.num_envs
+
+    @property
+    def count(self) -> int:
+        """Transitions ever added."""
+        return self._time * self.layout.num_envs
+
+    def add(self, rollout: Transition) -> None:
+        """Append a rollout [T, B, ...]; the oldest transitions make room.
+
+        Where an observation is not what the last step led to although no episode ended (an env whose episode could not
+        be restored), the last step counts as truncated.
+        """
+        start, steps = 0, len(rollout.reward)
+        while start < steps:  # in blocks that do not reach over the ring's end
+            slot = self._time % self.layout.size
+            stop = min(steps, start + min(self.layout.size - slot, self.layout.capacity))
+            self._add(rollout if stop - start == steps else Transition(*(x[start:stop] for x in rollout)))
+            start = stop
+
+    def _add(self, block: Transition) -> None:
+        shape, steps = self.layout, len(block.reward)
+        if self._rows is None:
+            self._allocate()
+        slot, stop = self._time % shape.size, self._time + steps
+        ended = block.terminated | block.truncated
+        if steps > 1 and not torch.equal(block.next_obs[:-1], block.obs[1:]):
+            ended[:-1] |= differ(block.next_obs[:-1], block.obs[1:], 2)
+        if len(self) and not torch.equal(self._obs[slot], block.obs[0]):
+            self._cut(differ(self._obs[slot], block.obs[0], 1))
+        first = max(self._first, stop - shape.capacity)
+        link, ends = self._linked(ended, block.terminated)
+        if ends:
+            self._store(block.next_obs[ended], first if first < self._time else None)
+        self._keep(self._time + 1 - shape.size, stop + 1 - shape.size)
+        rows, head = slice(slot, slot + steps), stop % shape.size
+        self._obs[rows] = block.obs
+        self._action[rows] = block.action
+        self._reward[rows] = block.reward
+        self._discount[rows] = torch.where(block.terminated, 0.0, self.gamma)
+        self._link[rows] = link
+        self._obs[head] = block.next_obs[-1]
+        self._repeat(slot, slot + steps)
+        self._repeat(head, head + 1)
+        if self._tree is not None:
+            times = torch.arange(slot, slot + steps, device=self._device)
+            self._tree.replace(self._index(times), self._index(torch.tensor([head], device=self._device)))
+        self._first, self._time = first, stop
+
+    def _allocate(self) -> Tensor:
+        shape, device = self.layout, self._device
+        memory = torch.zeros((shape.num_envs * shape.length, shape.width), dtype=torch.uint8, device=device)
+        self._ends = torch.zeros((FEWEST_ENDS, shape.obs_bytes), dtype=torch.uint8, device=device)
+        self._tree = None if self.prioritised is None else SumTree(len(memory), device)
+        following = (len(memory) - shape.n_step, (shape.n_step + 1) * shape.width)
+        self._windows = memory.as_strided(following, (shape.width, 1))
+        rows = memory.view(shape.num_envs, shape.length, shape.width).transpose(0, 1)
+        self._obs = field(rows, 0, shape.obs_shape, shape.obs_dtype)
+        self._action = field(rows, shape.action_at, shape.action_shape, shape.action_dtype)
+        self._reward = field(rows, shape.reward_at, (), torch.float32)
+        self._discount = field(rows, shape.reward_at + 4, (), torch.float32)
+        self._link = field(rows, shape.reward_at + 8, (), torch.int32)
+        self._rows = rows
+        return rows
+
+    def _repeat(self, slot: int, stop: int) -> None:
+        """Copy those of the slots slot .. stop - 1 that are among the first n to where they stand once more."""
+        stop = min(stop, self.layout.n_step)
+        if slot < stop and self._rows is not None:
+            self._rows[self.layout.size + slot : self.layout.size + stop] = self._rows[slot:stop]
+
+    def _index(self, slots: Tensor) -> Tensor:
+        """The numbers of the rows of all envs at slots [n]: [B * n]."""
+        envs = torch.arange(self.layout.num_envs, device=self._device) * self.layout.length
+        return (envs.unsqueeze(1) + slots).flatten()
+
+    def _linked(self, ended: Tensor, terminated: Tensor) -> tuple[Tensor, int]:
+        """The links of new rows, int32 in the shape of `ended`, and the number of entries that they name."""
+        count = int(ended.sum())
+        if not count:
+            return torch.full(ended.shape, -2 - 2 * (self._next_end % ENTRIES), device=ended.device).int(), 0
+        one = ended.long()
+        entry = (self._next_end + one.flatten().cumsum(0).view_as(one) - one) % ENTRIES
+        return torch.where(ended, 2 * entry + terminated, -2 - 2 * entry).int(), count
+
+    def _store(self, obs: Tensor, oldest: int | None) -> None:
+        """Append obs [n, *obs] to the ends; `oldest` is the oldest time whose ends are still needed, None: none is."""
+        need = self._next_end + len(obs)
+        if need - self._first_end > len(self._ends):
+            self._first_end = self._next_end if oldest is None else self._entry_before(oldest)
+        if need - self._first_end > len(self._ends):
+            self._grow(need - self._first_end)
+        entries = torch.arange(self._next_end, need, device=self._device) % len(self._ends)
+        for snapshot in self._live():
+            if snapshot.ends is self._ends and self._next_end - len(self._ends) < snapshot.next_end:
+                snapshot.kept_ends.append((entries, self._ends[entries]))
+        self._ends[entries] = obs.contiguous().view(torch.uint8).view(len(obs), -1)
+        self._next_end = need
+
+    def _entry_before(self, time: int) -> int:
+        """The first of the ends that rows of this time or later name."""
+        link = int(self._link[time % self.layout.size, 0])
+        entry = link >> 1 if link >= 0 else -1 - (link >> 1)
+        return self._next_end - (self._next_end - entry) % ENTRIES
+
+    def _grow(self, need: int) -> None:
+        """Make room for `need` ends, in new memory: a snapshot may hold the old."""
+        length = 1 << (2 * need - 1).bit_length()
+        ends = torch.zeros((length, self.layout.obs_bytes), dtype=torch.uint8, device=self._device)
+        entries = torch.arange(self._first_end, self._next_end, device=self._device)
+        ends[entries % length] = self._ends[entries % len(self._ends)]
+        self._ends = ends
+
+    def _cut(self, differs: Tensor) -> None:
+        """End the newest rows of those envs [B] whose episode does not go on, if it had not ended already."""
+        last = (self._time - 1) % self.layout.size
+        link = self._link[last]
+        if not (differs & (link < 0)).any():
+            return
+        # The entries of one time are consecutive: those that it has are stored anew.
+        ended = differs | (link >= 0)
+        successors = self._obs[self._time % self.layout.size].clone()
+        self._lead_elsewhere(successors, link)
+        links, _ = self._linked(ended, (link & 1).bool())
+        self._store(successors[ended], self._first)
+        self._keep(self._time - 1, self._time)
+        self._link[last] = links
+        self._repeat(last, last + 1)
+
+    def _lead_elsewhere(self, obs: Tensor, link: Tensor) -> None:
+        """Put the ends in the place of those obs [N, *obs] that rows with these links [N] did not lead to."""
+        if link.amax().item() >= 0:
+            at = (link >= 0).nonzero().squeeze(1)
+            ends = self._ends.index_select(0, (link[at] >> 1) % len(self._ends))
+            obs[at] = field(ends, 0, self.layout.obs_shape, self.layout.obs_dtype)
+
+    def sample(self, batch_size: int, beta: float = 1.0) -> Batch:
+        """`batch_size` transitions with replacement: uniformly, or by priority with the importance weights.
+
+        By priority: one sample from each of N equal parts of the sum of all p_i (stratified), and the weights
+        (len * p_i / sum)^-beta over their maximum; Schaul et al. 2016 (arXiv 1511.05952), sections 3.4 and B.2.1.
+        """
+        shape, device, generator = self.layout, self._device, self._generator
+        held, start = self._time - self._first, self._first % shape.size
+        if not held:
+            raise ValueError("an empty buffer has nothing to sample")
+        if self._tree is not None:
+            u = torch.rand(batch_size, dtype=torch.float64, generator=generator, device=device)
+            index, share = self._tree.find((u + torch.arange(batch_size, device=device)) / batch_size)
+            weight = (len(self) * share) ** -beta
+            return self._batch(index, (weight / weight.max()).float())
+        index = torch.randint(held, (batch_size,), generator=generator, device=device)
+        if start:
+            index.add_(start).remainder_(shape.size)
+        if shape.num_envs > 1:
+            env = torch.randint(shape.num_envs, (batch_size,), generator=generator, device=device)
+            index.add_(env, alpha=shape.length)
+        return self._batch(index, torch.ones(batch_size, device=device))
+
+    def _batch(self, index: Tensor, weight: Tensor) -> Batch:
+        shape, n = self.layout, self.layout.n_step
+        rows = self._windows.index_select(0, index)  # [N, (n + 1) * width], which the batch's tensors are views of
+        floats = rows.view(torch.float32)
+        ints = rows.view(torch.int32)
+        source = rows if shape.obs_dtype == torch.uint8 else floats
+        count, width, at = weight.shape[0], shape.width // 4, shape.reward_at // 4
+        words = (n + 1) * width
+        length = words * 4 // shape.obs_dtype.itemsize  # of a row of `source`
+        obs = columns(source, count, length, 0, shape.obs_shape)
+        if shape.action_dtype == torch.float32:
+            action = columns(floats, count, words, shape.action_at // 4, shape.action_shape)
+        else:
+            action = columns(ints, count, words, shape.action_at // 4, shape.action_shape).long()
+        if n == 1:
+            reward = columns(floats, count, words, at, ())
+            discount = columns(floats, count, words, at + 1, ())
+            link = columns(ints, count, words, at + 2, ())
+            next_obs = columns(source, count, length, length // 2, shape.obs_shape)
+        else:
+            rewards, discounts, links = (x.view(-1, n + 1, width)[:, :n] for x in (floats, floats, ints))
+            rewards, discounts, links = rewards[..., at], discounts[..., at + 1], links[..., at + 2]
+            age = (index % shape.length - self._first % shape.size) % shape.size
+            left = (self._time - self._first - age).unsqueeze(1)
+            ended = (links >= 0).long()
+            taken = (ended.cumsum(1) == ended) & (torch.arange(n, device=index.device) < left)
+            steps = taken.sum(1, keepdim=True)
+            last = steps - 1
+            reward = (rewards * self._powers).masked_fill_(~taken, 0.0).sum(1)
+            discount = discounts.gather(1, last).squeeze(1) * self._powers[last.squeeze(1)]
+            link = links.gather(1, last).squeeze(1)
+            following = steps.squeeze(1) + torch.arange(0, count * (n + 1), n + 1, device=index.device)
+            next_rows = source.view(count * (n + 1), -1).index_select(0, following)
+            next_obs = columns(next_rows, count, length // (n + 1), 0, shape.obs_shape)
+        self._lead_elsewhere(next_obs, link)
+        return Batch(obs, action, reward, next_obs, discount, weight, index)
+
+    def update_priorities(self, index: Tensor, td_error: Tensor) -> None:
+        """Give the transitions of the last sample, `index` [N], the priorities of their TD errors [N]."""
+        if self._tree is None or self.prioritised is None:
+            raise ValueError("a uniform buffer has no priorities")
+        alpha, eps = self.prioritised
+        self._tree.set(index, (td_error.detach().double().abs() + eps) ** alpha)
+
+    # The state, and the snapshots that let a buffer go on after it was taken.
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as of now; its `rows` stay those of now whatever is added later, as long as the state is kept."""
+        snapshot = Snapshot(self)
+        refs = [ref for ref in self._snapshots if ref() is not None]
+        self._snapshots = [*refs, weakref.ref(snapshot)]
+        head = None if self._rows is None else self._obs[self._time % self.layout.size].clone()
+        return {
+            "rows": snapshot,
+            "head": head,
+            "time": self._time,
+            "priorities": None if self._tree is None else self._tree.state_dict(),
+            "generator": self._generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state; where it comes without rows, with an empty buffer that has counted as far."""
+        restore_generator(self._generator, state["generator"])
+        rows, self._rows, self._tree = state["rows"], None, None
+        self._first = self._time = state["time"]
+        self._first_end = self._next_end = 0
+        self._saved = {}
+        if rows is None or state["head"] is None:
+            return
+        shape, told = self.layout, rows.info
+        mine = fit(shape)
+        if {key: told[key] for key in mine} != mine:
+            raise ValueError(f"rows of another buffer: {told}, not {mine}")
+        memory = self._allocate()
+        self._next_end = told["next_end"]
+        for first, block, ends in held(rows):
+            slots = torch.arange(first, first + len(block)).to(self._device) % shape.size
+            memory[slots] = block.to(self._device)
+            link = field(block, shape.width - 4, (), torch.int32)
+            if first == told["first"]:
+                self._first_end = self._entry_before(first)
+                if self._next_end - self._first_end > len(self._ends):
+                    self._grow(self._next_end - self._first_end)
+            self._ends[(link[link >= 0] >> 1).to(self._device) % len(self._ends)] = ends.to(self._device)
+        self._obs[self._time % shape.size] = state["head"].to(self._device)
+        self._repeat(0, shape.size)
+        if self._tree is not None:
+            self._tree.load_state_dict(state["priorities"])
+        self._first = told["first"]
+        if told["segment"] == shape.segment:
+            self._saved = dict(rows.saved)
+
+    def _live(self) -> Iterator[Snapshot]:
+        for ref in self._snapshots:
+            snapshot = ref()
+            if snapshot is not None and snapshot.rows is self._rows:
+                yield snapshot
+
+    def _keep(self, first: int, stop: int) -> None:
+        """Let the snapshots copy what they need of the rows of the times first .. stop - 1, which are about to change.
+
+        An exception may come between any two statements of `add`: what was copied and then not changed does no harm.
+        """
+        for snapshot in self._live():
+            start, end = max(first, snapshot.first), min(stop, snapshot.time)
+            if start < end and snapshot.rows is not None:
+                slots = torch.arange(start, end, device=self._device) % self.layout.size
+                snapshot.kept.append((slots, snapshot.rows.index_select(0, slots)))
+
+
+def differ(a: Tensor, b: Tensor, lead: int) -> Tensor:
+    """Which observations are not equal; the first `lead` dimensions tell them apart."""
+    return (a != b).reshape(*a.shape[:lead], -1).any(-1)
+
+
+class Snapshot:
+    """The rows that a buffer held at one moment, while the buffer goes on.
+
+    The buffer copies what it overwrites, so that a snapshot costs what is overwritten while it is kept.
+    """
+
+    def __init__(self, buffer: ReplayBuffer) -> None:
+        self.layout, self.rows, self.ends = buffer.layout, buffer._rows, buffer._ends
+        self.first, self.time, self.next_end = buffer._first, buffer._time, buffer._next_end
+        self.saved = buffer._saved  # the buffer's own, so that the next snapshot knows it too
+        self.kept: list[tuple[Tensor, Tensor]] = []  # slots [n], and what was there, [n, B, width]
+        self.kept_ends: list[tuple[Tensor, Tensor]] = []  # slots of ends [n], and what was there, [n, obs_bytes]
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """The first time, the next entry, and what tells whether a buffer fits."""
+        now = {"first": self.first, "time": self.time, "next_end": self.next_end}
+        return {**now, "segment": self.layout.segment, **fit(self.layout)}
+
+    def segments(self) -> dict[int, bool]:
+        """All but the last are final, or all but the last two: the newest row may still be cut."""
+        length = self.layout.segment
+        if self.rows is None or self.first == self.time:
+            return {}
+        numbers = range(self.first // length, -(-self.time // length))
+        return {number: (number + 1) * length < self.time for number in numbers}
+
+    def read(self, number: int) -> bytes:
+        """A segment: its first time and the time after its last (int64), the rows, and the ends that they name."""
+        assert self.rows is not None
+        shape = self.layout
+        first = max(self.first, number * shape.segment)
+        stop = min(self.time, (number + 1) * shape.segment)
+        block = as_it_was(self.rows, torch.arange(first, stop) % shape.size, self.kept)
+        link = field(block, shape.width - 4, (), torch.int32)
+        ends = as_it_was(self.ends, (link[link >= 0] >> 1) % len(self.ends), self.kept_ends)
+        return struct.pack("<qq", first, stop) + block.numpy().tobytes() + ends.numpy().tobytes()
+
+    def __deepcopy__(self, _: object) -> Copied:
+        return Copied(self)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Rows) and same(self, other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class Copied:
+    """A copy of rows that shares nothing with a buffer."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.info, self.saved, self._final = rows.info, dict(rows.saved), rows.segments()
+        self._data = {number: rows.read(number) for number in self._final}
+
+    def segments(self) -> dict[int, bool]:
+        """Those of the original."""
+        return self._final
+
+    def read(self, number: int) -> bytes:
+        """The same bytes."""
+        return self._data[number]
+
+
+def as_it_was(memory: Tensor, slots: Tensor, kept: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """`memory` [size, ...] at `slots` [n] before what was there was `kept`: [n, ...] in host memory."""
+    block = memory.index_select(0, slots.to(memory.device)).cpu()
+    place = {slot: i for i, slot in enumerate(slots.tolist())}
+    for changed, before in reversed(kept):  # of many changes the first tells what was there
+        for i, slot in enumerate(changed.tolist()):
+            if slot in place:
+                block[place[slot]] = before[i]
+    return block
+
+
+def fit(shape: Layout) -> dict[str, int]:
+    """What must be the same for one buffer to load the rows of another."""
+    keys = ("capacity", "num_envs", "width", "obs_bytes")
+    return {key: getattr(shape, key) for key in keys}
+
+
+def held(rows: Rows) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Segment by segment: its first time that is held, the rows [times, B, width], and their ends [n, obs_bytes].
+
+    ValueError where the bytes are not those of such rows.
+    """
+    told = rows.info
+    capacity, num_envs, width, obs_bytes = (told[key] for key in ("capacity", "num_envs", "width", "obs_bytes"))
+    time = told["first"]
+    for number in rows.segments():
+        data = bytearray(rows.read(number))
+        first, stop = struct.unpack_from("<qq", data)
+        size = 16 + (stop - first) * num_envs * width
+        if not first <= time < stop <= told["time"] or stop - first > capacity or len(data) < size:
+            raise ValueError(f"segment {number} holds the times {first} to {stop}, where {time} was expected")
+        every = torch.frombuffer(data, dtype=torch.uint8)
+        block, ends = every[16:size].view(-1, num_envs, width), every[size:]
+        named = field(block, width - 4, (), torch.int32) >= 0
+        if len(ends) != int(named.sum()) * obs_bytes:
+            raise ValueError(f"segment {number} has {len(data):,} bytes, which is not what its rows say")
+        skipped = int(named[: time - first].sum())  # of times that were overwritten before the state was taken
+        yield time, block[time - first :], ends.view(-1, obs_bytes)[skipped:]
+        time = stop
+    if time != told["time"]:
+        raise ValueError(f"the rows from time {time} on are missing")
+
+
+def same(a: Rows, b: Rows) -> bool:
+    """Whether two states have the same rows, however they are kept."""
+    if a.info != b.info:
+        return False
+    pairs = zip(held(a), held(b), strict=True)
+    return all(x[0] == y[0] and torch.equal(x[1], y[1]) and torch.equal(x[2], y[2]) for x, y in pairs)
+
+
+def tree_sizes(leaves: int) -> list[int]:
+    """The nodes of each level of a sum tree from the leaves up to a single family."""
+    sizes = [-(-leaves // FAN) * FAN]
+    while sizes[-1] > FAN:
+        sizes.append(-(-sizes[-1] // FAN**2) * FAN)
+    return sizes
+
+
+class SumTree:
+    """Priorities as the leaves of a tree of sums with FAN children a node; a leaf of 0 is never found.
+
+    Every sum is computed anew from its children, so that no rounding accumulates.
+    """
+
+    def __init__(self, leaves: int, device: torch.device) -> None:
+        sizes = tree_sizes(leaves)
+        self.nodes = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
+        self.levels = self.nodes.split(sizes)  # from the leaves up
+        self.highest = torch.ones((), dtype=torch.float64, device=device)  # priority so far, for what is new
+
+    def replace(self, new: Tensor, removed: Tensor) -> None:
+        """Give the leaves `new` [N] the highest priority that any had, and empty the leaves `removed` [M]."""
+        self.levels[0][new] = self.highest
+        self.levels[0][removed] = 0.0
+        self._sum(torch.cat((new, removed)))
+
+    def set(self, index: Tensor, priority: Tensor) -> None:
+        """Change the leaves `index` [N], but for empty ones; of several priorities of one leaf the highest counts."""
+        leaves = self.levels[0]
+        priority = priority.masked_fill(leaves[index] == 0, 0.0)
+        leaves.scatter_reduce_(0, index, priority, "amax", include_self=False)
+        torch.maximum(self.highest, priority.max(), out=self.highest)
+        self._sum(index)
+
+    def _sum(self, index: Tensor) -> None:
+        for below, above in zip(self.levels[:-1], self.levels[1:], strict=True):
+            index = index.div(FAN, rounding_mode="floor")
+            above[index] = below.view(-1, FAN).index_select(0, index).sum(1)
+
+    def find(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """The leaves that the shares u [N] in [0, 1) of the sum fall on, and the share of the sum that each has."""
+        total = self.levels[-1].sum()
+        u, index = (u * total).unsqueeze(1), torch.zeros_like(u, dtype=torch.int64)
+        for level in reversed(self.levels):
+            sums = level.view(-1, FAN).index_select(0, index).cumsum(1)
+            # Below the last sum, so that rounding finds no empty leaf.
+            u = torch.minimum(u, sums[:, -1:] * (1 - 2**-50))
+            child = torch.searchsorted(sums, u, right=True)  # the first whose sum exceeds u
+            before = sums.gather(1, (child - 1).clamp_(min=0)).masked_fill_(child == 0, 0.0)
+            u, index = u - before, FAN * index + child.squeeze(1)
+        return index, self.levels[0][index] / total
+
+    def state_dict(self) -> dict[str, Any]:
+        """All sums: not computed anew, they are the same to the last bit."""
+        return {"nodes": self.nodes, "highest": self.highest}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore, in place."""
+        self.nodes.copy_(state["nodes"])
+        self.highest.copy_(state["highest"])
