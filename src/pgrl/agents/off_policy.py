@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import gymnasium.spaces as spaces
 import torch
@@ -79,7 +80,7 @@ def draw(config: OffPolicyConfig, buffer: ReplayBuffer, obs_norm: RunningNorm | 
     return batch._replace(obs=obs_norm(batch.obs), next_obs=obs_norm(batch.next_obs))
 
 
-def random_actions(space: spaces.Space, num_envs: int, generator: Generator) -> Tensor:  # type: ignore[type-arg]
+def random_actions(space: spaces.Space[Any], num_envs: int, generator: Generator) -> Tensor:
     """Uniformly random actions [B, ...] of a bounded Box or a Discrete space, in the env's units."""
     device = generator.device
     if isinstance(space, spaces.Discrete):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import gymnasium.spaces as spaces
 import torch
@@ -191,20 +191,20 @@ class SAC(Agent):
         return loss, (loss,)
 
 
-def usual(space: spaces.Space) -> float:  # type: ignore[type-arg]
+def usual(space: spaces.Space[Any]) -> float:
     """The target entropy in nats: Haarnoja et al. 2018, table 1; Christodoulou 2019, section 5."""
     if isinstance(space, spaces.Discrete):
         return 0.98 * math.log(int(space.n))
     return -float(math.prod(space.shape or ()))
 
 
-def check_actions(space: spaces.Space) -> None:  # type: ignore[type-arg]
+def check_actions(space: spaces.Space[Any]) -> None:
     """UserError unless the policy can be uniform over the actions: a bounded Box, or Discrete."""
     if isinstance(space, spaces.Discrete):
         return
     if not isinstance(space, spaces.Box):
         raise UserError(f"algo=sac needs Box or Discrete actions, but this env's are {space}.\nUse: algo=ppo")
-    if not (space.is_bounded("both")):
+    if not space.is_bounded("both"):
         raise UserError(
             f"algo=sac needs finite action bounds, but this env's are [{space.low.min()}, {space.high.max()}]."
             "\nUse: algo=ppo"
