@@ -25,7 +25,8 @@ from pgrl.agents.critic import CriticConfig
 from pgrl.agents.dpg import DPGNetworkConfig
 from pgrl.agents.off_policy import OffPolicyConfig
 from pgrl.agents.on_policy import AdvantageConfig, OnPolicyConfig
-from pgrl.networks import NetworkConfig, OffPolicyNetworkConfig, PolicyConfig
+from pgrl.networks import NetworkConfig, PolicyConfig
+from pgrl.q_networks import OffPolicyNetworkConfig
 
 PAGE = (Path(__file__).parents[1] / "docs" / "algorithms.md").read_text(encoding="utf-8")
 HEADINGS: dict[str, type] = {

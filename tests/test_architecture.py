@@ -24,7 +24,7 @@ LAYERS = (
     ("config", "logger"),
     ("checkpoint", "theory"),
     ("agents", "envs"),
-    ("acting", "replay"),
+    ("acting", "q_networks", "replay"),
     ("networks", "normalisers", "data", "optim"),
     ("flat", "functional", "trust_region", "distributions", "signals", "env_ids", "errors", "memory", "rows"),
 )

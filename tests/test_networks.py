@@ -23,11 +23,8 @@ from pgrl.networks import (
     ACTIVATIONS,
     MLP,
     ActorCritic,
-    Critics,
-    DeterministicPolicy,
     NatureCNN,
     NetworkConfig,
-    OffPolicyNetworkConfig,
     PolicyConfig,
     is_image,
 )
@@ -412,44 +409,3 @@ def test_loading_keeps_parameters_tied() -> None:
 def test_bounds_are_not_state() -> None:
     """They come from the env, so a checkpoint neither holds nor overwrites them."""
     assert set(network().state_dict()) == {name for name, _ in network().named_parameters()}
-
-
-# --- networks of algorithms with replay ---
-
-
-@pytest.mark.parametrize("obs", [OBS, IMAGE], ids=["vector", "image"])
-def test_critics_say_what_each_of_them_says(obs: spaces.Box) -> None:
-    torch.manual_seed(0)
-    network, x = OffPolicyNetworkConfig(hidden_sizes=[8]), observations(obs)
-    critics = Critics(3, obs, BOUNDED, network)
-    action = torch.randn(6, 3, generator=seeded(2))
-    q = critics(x, action)
-    assert q.shape == (3, 6) and q.unique().numel() == 18  # they begin differently
-    for k, critic in enumerate(critics.critics):
-        assert torch.equal(q[k], critic(x, action))
-        features = torch.cat([critic.encoder(x), action], 1)
-        assert torch.equal(q[k], critic.head(critic.body(features)).squeeze(1))
-    assert torch.equal(critics.first(x, action), q[0])
-    assert not torch.equal(critics(x, action + 1), q)
-
-
-def test_critics_of_choices_give_all_or_the_one_taken() -> None:
-    critics = Critics(2, OBS, spaces.Discrete(4), OffPolicyNetworkConfig(hidden_sizes=[8]))
-    x, action = observations(), torch.tensor([0, 3, 1, 2, 0, 1])
-    every, taken = critics(x), critics(x, action)
-    assert every.shape == (2, 6, 4) and torch.equal(taken, every[:, torch.arange(6), action])
-
-
-def test_a_deterministic_policy_stays_within_the_bounds() -> None:
-    policy = DeterministicPolicy(OBS, BOUNDED, OffPolicyNetworkConfig(hidden_sizes=[8]))
-    x = 1e4 * observations()
-    action = policy(x)
-    assert (action.abs() <= 1).all()
-    low, high = torch.tensor(BOUNDED.low), torch.tensor(BOUNDED.high)
-    for end, bound in ((-1.0, low), (1.0, high)):
-        assert torch.allclose(policy.to_env_units(torch.full((1, 3), end)), bound)
-    units = policy.to_env_units(action)
-    assert ((units >= low) & (units <= high)).all()
-    torch.testing.assert_close(policy.to_policy_units(units), action)
-    with pytest.raises(UserError, match="algo=ddpg needs finite action bounds(.|\n)*algo=ppo"):
-        DeterministicPolicy(OBS, UNBOUNDED, OffPolicyNetworkConfig())

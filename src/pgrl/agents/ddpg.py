@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import gymnasium.spaces as spaces
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pgrl import functional
 from pgrl.agents.base import Agent, Setting, generator
 from pgrl.agents.off_policy import (
+    CriticBatch,
     OffPolicyConfig,
     Target,
     draw,
+    gradient_step,
     make_buffer,
     make_obs_norm,
     means,
@@ -28,8 +29,7 @@ from pgrl.agents.off_policy import (
 )
 from pgrl.data import NoiseStream, Transition
 from pgrl.errors import UserError
-from pgrl.networks import Critics, DeterministicPolicy
-from pgrl.optim import Adam, GradientStep, Loss
+from pgrl.q_networks import Critics, DeterministicPolicy
 
 
 @dataclass
@@ -45,18 +45,6 @@ class DDPGConfig(OffPolicyConfig):
     target_noise: float | None = None  # std of noise on the targets' actions; null: off; 0.2 in equation 14
     target_noise_clip: float = 0.5  # that noise within +-
     policy_delay: int = 1  # the policy and the targets change at every n-th gradient step; Fujimoto et al. 2018
-
-
-class CriticBatch(NamedTuple):
-    """What the critics learn from, [N, ...] each; actions in the policy's units."""
-
-    obs: Tensor
-    action: Tensor
-    reward: Tensor
-    next_obs: Tensor
-    discount: Tensor
-    weight: Tensor
-    noise: Tensor  # for the next actions
 
 
 class DDPG(Agent):
@@ -83,16 +71,8 @@ class DDPG(Agent):
         self.drift = torch.zeros(setting.num_envs, self.net.actions, device=device)  # the state of noise=ou
         self.updates = torch.zeros((), dtype=torch.int64)
 
-        def step(loss: Loss, net: nn.Module) -> GradientStep:
-            return GradientStep(
-                loss,
-                [(list(net.parameters()), 1.0)],
-                Adam,
-                max_grad_norm=config.max_grad_norm,
-                compiled=setting.compiled,
-            )
-
-        self.critic_step, self.actor_step = step(self.critic_loss, self.critics), step(self.actor_loss, self.net)
+        self.critic_step = gradient_step(config, setting, self.critic_loss, self.critics)
+        self.actor_step = gradient_step(config, setting, self.actor_loss, self.net)
 
     def act(self, obs: Tensor, explore: bool = True) -> Tensor:
         config, net = self.config, self.net
@@ -118,20 +98,16 @@ class DDPG(Agent):
     def learn(self, progress: float) -> dict[str, Tensor]:
         """One gradient step of the critics, and of the policy and the targets when it is their turn."""
         config = self.config
-        with torch.no_grad():
-            sample = draw(config, self.buffer, self.obs_norm, progress)
-            noise = self.net.noise((config.batch_size,), self.draws)
-            action = self.net.to_policy_units(sample.action)
-        obs, lr = sample.obs, torch.tensor([config.critic_lr, config.actor_lr], device=action.device)
+        batch, index = draw(config, self.buffer, self.obs_norm, self.net, self.draws, progress)
+        lr = torch.tensor([config.critic_lr, config.actor_lr], device=batch.obs.device)
 
-        batch = CriticBatch(obs, action, sample.reward, sample.next_obs, sample.discount, sample.weight, noise)
         qf_loss, qf_values, td_error, grad_norm = self.critic_step(batch, lr[0], ())
         if config.per_alpha is not None:
-            self.buffer.update_priorities(sample.index, td_error)
+            self.buffer.update_priorities(index, td_error)
         metrics = {"losses/qf_loss": qf_loss, "losses/qf_values": qf_values, "losses/qf_grad_norm": grad_norm}
         self.updates += 1
         if int(self.updates) % config.policy_delay == 0:
-            metrics["losses/actor_loss"], metrics["losses/actor_grad_norm"] = self.actor_step(obs, lr[1], ())
+            metrics["losses/actor_loss"], metrics["losses/actor_grad_norm"] = self.actor_step(batch.obs, lr[1], ())
             self.target.follow(self.net, self.critics, tau=config.tau)
         return metrics
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import gymnasium.spaces as spaces
 import torch
@@ -13,9 +13,10 @@ from torch import Generator, Tensor, nn
 
 from pgrl.agents.base import Setting, generator
 from pgrl.flat import FlatParameters, flatten
-from pgrl.networks import OffPolicyNetworkConfig
 from pgrl.normalisers import RunningNorm
-from pgrl.replay import Batch, Priority, ReplayBuffer
+from pgrl.optim import Adam, GradientStep, Loss
+from pgrl.q_networks import OffPolicyNetworkConfig
+from pgrl.replay import Priority, ReplayBuffer
 
 
 @dataclass
@@ -72,12 +73,47 @@ def updates_due(config: OffPolicyConfig, buffer: ReplayBuffer, new: int) -> int:
     return math.floor(learning * config.utd_ratio) - math.floor(before * config.utd_ratio)
 
 
-def draw(config: OffPolicyConfig, buffer: ReplayBuffer, obs_norm: RunningNorm | None, progress: float) -> Batch:
-    """A batch of replay, its observations normalised by the present statistics."""
-    batch = buffer.sample(config.batch_size, config.per_beta + (1.0 - config.per_beta) * progress)
-    if obs_norm is None:
-        return batch
-    return batch._replace(obs=obs_norm(batch.obs), next_obs=obs_norm(batch.next_obs))
+class CriticBatch(NamedTuple):
+    """What critics learn from, [N, ...] each; actions in the policy's units, observations normalised."""
+
+    obs: Tensor
+    action: Tensor
+    reward: Tensor  # of up to n steps
+    next_obs: Tensor
+    discount: Tensor  # of the value of next_obs; 0 where nothing follows
+    weight: Tensor
+    noise: Tensor  # for the next actions
+
+
+class Units(Protocol):
+    """What a policy knows of its actions."""
+
+    def noise(self, shape: tuple[int, ...], generator: Generator) -> Tensor: ...
+    def to_policy_units(self, action: Tensor) -> Tensor: ...
+
+
+@torch.no_grad()
+def draw(
+    config: OffPolicyConfig,
+    buffer: ReplayBuffer,
+    obs_norm: RunningNorm | None,
+    policy: Units,
+    draws: Generator,
+    progress: float,
+) -> tuple[CriticBatch, Tensor]:
+    """A batch of replay, normalised by the present statistics, and its index [N] in the buffer."""
+    sample = buffer.sample(config.batch_size, config.per_beta + (1.0 - config.per_beta) * progress)
+    obs, next_obs = sample.obs, sample.next_obs
+    if obs_norm is not None:
+        obs, next_obs = obs_norm(obs), obs_norm(next_obs)
+    action, noise = policy.to_policy_units(sample.action), policy.noise((config.batch_size,), draws)
+    return CriticBatch(obs, action, sample.reward, next_obs, sample.discount, sample.weight, noise), sample.index
+
+
+def gradient_step(config: OffPolicyConfig, setting: Setting, loss: Loss, net: nn.Module) -> GradientStep:
+    """Adam's step on `loss` for all parameters of `net`."""
+    groups = [(list(net.parameters()), 1.0)]
+    return GradientStep(loss, groups, Adam, max_grad_norm=config.max_grad_norm, compiled=setting.compiled)
 
 
 def random_actions(space: spaces.Space[Any], num_envs: int, generator: Generator) -> Tensor:

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from pgrl import functional
 from pgrl.agents.base import Agent, Setting, generator
 from pgrl.agents.off_policy import (
+    CriticBatch,
     OffPolicyConfig,
     Target,
     draw,
+    gradient_step,
     make_buffer,
     make_obs_norm,
     means,
@@ -31,8 +33,8 @@ from pgrl.agents.off_policy import (
 from pgrl.data import NoiseStream, Transition
 from pgrl.distributions import Categorical, SquashedGaussian
 from pgrl.errors import UserError
-from pgrl.networks import Critics, Policy, PolicyConfig
-from pgrl.optim import Adam, GradientStep, Loss
+from pgrl.networks import Policy, PolicyConfig
+from pgrl.q_networks import Critics
 
 
 @dataclass
@@ -48,18 +50,6 @@ class SACConfig(OffPolicyConfig):
     target_entropy: float | None = (
         None  # nats; null: -(number of actions), or 0.98 ln K of K choices (Christodoulou 2019)
     )
-
-
-class CriticBatch(NamedTuple):
-    """What the critics learn from, [N, ...] each; actions in the policy's units."""
-
-    obs: Tensor
-    action: Tensor
-    reward: Tensor
-    next_obs: Tensor
-    discount: Tensor
-    weight: Tensor
-    noise: Tensor  # for the next actions
 
 
 class ActorBatch(NamedTuple):
@@ -101,18 +91,9 @@ class SAC(Agent):
         self.draws = generator(setting.seed, 2, device)  # the actions inside updates
         self.updates = torch.zeros((), dtype=torch.int64)
 
-        def step(loss: Loss, net: nn.Module) -> GradientStep:
-            return GradientStep(
-                loss,
-                [(list(net.parameters()), 1.0)],
-                Adam,
-                max_grad_norm=config.max_grad_norm,
-                compiled=setting.compiled,
-            )
-
-        self.critic_step = step(self.critic_loss, self.critics)
-        self.actor_step = step(self.actor_loss, self.net)
-        self.temperature_step = step(self.temperature_loss, self.temperature)
+        self.critic_step = gradient_step(config, setting, self.critic_loss, self.critics)
+        self.actor_step = gradient_step(config, setting, self.actor_loss, self.net)
+        self.temperature_step = gradient_step(config, setting, self.temperature_loss, self.temperature)
 
     def act(self, obs: Tensor, explore: bool = True) -> Tensor:
         if explore and self.buffer.count < self.config.learning_starts:
@@ -132,21 +113,19 @@ class SAC(Agent):
         """One gradient step of the critics, and of the policy and the temperature when it is their turn."""
         config = self.config
         with torch.no_grad():
-            sample = draw(config, self.buffer, self.obs_norm, progress)
-            noise = self.net.noise((2, config.batch_size), self.draws)
             alpha = self.temperature()
-            action = self.net.to_policy_units(sample.action)
-        obs, lr = sample.obs, torch.tensor([config.critic_lr, config.actor_lr, config.alpha_lr], device=alpha.device)
+        batch, index = draw(config, self.buffer, self.obs_norm, self.net, self.draws, progress)
+        lr = torch.tensor([config.critic_lr, config.actor_lr, config.alpha_lr], device=alpha.device)
 
-        batch = CriticBatch(obs, action, sample.reward, sample.next_obs, sample.discount, sample.weight, noise[0])
         qf_loss, qf_values, td_error, grad_norm = self.critic_step(batch, lr[0], alpha)
         if config.per_alpha is not None:
-            self.buffer.update_priorities(sample.index, td_error)
+            self.buffer.update_priorities(index, td_error)
         metrics = {"losses/qf_loss": qf_loss, "losses/qf_values": qf_values, "losses/qf_grad_norm": grad_norm}
         self.target.follow(self.critics, tau=config.tau)
         self.updates += 1
         if int(self.updates) % config.policy_delay == 0:
-            actor_loss, entropy, grad_norm = self.actor_step(ActorBatch(obs, noise[1]), lr[1], alpha)
+            actor_batch = ActorBatch(batch.obs, self.net.noise((config.batch_size,), self.draws))
+            actor_loss, entropy, grad_norm = self.actor_step(actor_batch, lr[1], alpha)
             metrics |= {"losses/actor_loss": actor_loss, "losses/entropy": entropy, "losses/alpha": alpha}
             metrics["losses/actor_grad_norm"] = grad_norm
             if config.alpha is None:

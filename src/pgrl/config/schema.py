@@ -32,7 +32,7 @@ def read_classes() -> tuple[ModuleType, dict[str, type], dict[type, str]]:
     module, by_algo, homes = ModuleType("pgrl._schema"), {}, {}
     sys.modules[module.__name__] = module  # where the types that fields name are looked up
     exec("from dataclasses import dataclass, field\nfrom typing import Any", vars(module))
-    for name in ["networks", "envs.base", *(f"agents.{stem}" for stem in [*shared, *algos])]:
+    for name in ["networks", "q_networks", "envs.base", *(f"agents.{stem}" for stem in [*shared, *algos])]:
         path = PACKAGE / f"{name.replace('.', '/')}.py"
         tree = ast.parse(path.read_text(encoding="utf-8"))
         tree.body = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name.endswith("Config")]

@@ -1,0 +1,63 @@
+"""Deterministic policies and critics of actions."""
+
+import gymnasium.spaces as spaces
+import numpy as np
+import pytest
+import torch
+from torch import Generator, Tensor
+
+from pgrl.errors import UserError
+from pgrl.q_networks import Critics, DeterministicPolicy, OffPolicyNetworkConfig
+
+OBS = spaces.Box(-np.inf, np.inf, (5,), np.float32)
+IMAGE = spaces.Box(0, 255, (36, 40, 3), np.uint8)
+BOUNDED = spaces.Box(np.array([-2.0, 0.0, -0.4], np.float32), np.array([2.0, 3.0, 0.1], np.float32))
+UNBOUNDED = spaces.Box(-np.inf, np.inf, (3,), np.float32)
+
+
+def seeded(seed: int) -> Generator:
+    return Generator().manual_seed(seed)
+
+
+def observations(space: spaces.Box = OBS) -> Tensor:
+    if space.dtype == np.uint8:
+        return torch.randint(256, (6, *space.shape), generator=seeded(1), dtype=torch.uint8)
+    return torch.randn(6, *space.shape, generator=seeded(1))
+
+
+@pytest.mark.parametrize("obs", [OBS, IMAGE], ids=["vector", "image"])
+def test_critics_say_what_each_of_them_says(obs: spaces.Box) -> None:
+    torch.manual_seed(0)
+    network, x = OffPolicyNetworkConfig(hidden_sizes=[8]), observations(obs)
+    critics = Critics(3, obs, BOUNDED, network)
+    action = torch.randn(6, 3, generator=seeded(2))
+    q = critics(x, action)
+    assert q.shape == (3, 6) and q.unique().numel() == 18  # they begin differently
+    for k, critic in enumerate(critics.critics):
+        assert torch.equal(q[k], critic(x, action))
+        features = torch.cat([critic.encoder(x), action], 1)
+        assert torch.equal(q[k], critic.head(critic.body(features)).squeeze(1))
+    assert torch.equal(critics.first(x, action), q[0])
+    assert not torch.equal(critics(x, action + 1), q)
+
+
+def test_critics_of_choices_give_all_or_the_one_taken() -> None:
+    critics = Critics(2, OBS, spaces.Discrete(4), OffPolicyNetworkConfig(hidden_sizes=[8]))
+    x, action = observations(), torch.tensor([0, 3, 1, 2, 0, 1])
+    every, taken = critics(x), critics(x, action)
+    assert every.shape == (2, 6, 4) and torch.equal(taken, every[:, torch.arange(6), action])
+
+
+def test_a_deterministic_policy_stays_within_the_bounds() -> None:
+    policy = DeterministicPolicy(OBS, BOUNDED, OffPolicyNetworkConfig(hidden_sizes=[8]))
+    x = 1e4 * observations()
+    action = policy(x)
+    assert (action.abs() <= 1).all()
+    low, high = torch.tensor(BOUNDED.low), torch.tensor(BOUNDED.high)
+    for end, bound in ((-1.0, low), (1.0, high)):
+        assert torch.allclose(policy.to_env_units(torch.full((1, 3), end)), bound)
+    units = policy.to_env_units(action)
+    assert ((units >= low) & (units <= high)).all()
+    torch.testing.assert_close(policy.to_policy_units(units), action)
+    with pytest.raises(UserError, match="algo=ddpg needs finite action bounds(.|\n)*algo=ppo"):
+        DeterministicPolicy(OBS, UNBOUNDED, OffPolicyNetworkConfig())
