@@ -186,6 +186,15 @@ def test_another_thread_count_is_told(tmp_path: Path) -> None:
     torch.set_num_threads(1)
 
 
+def test_a_checkpoint_that_lacks_something_is_one_clear_screen(tmp_path: Path) -> None:
+    run_dir = run(tmp_path, "run", *PPO, "total_timesteps=1000")
+    step, state = checkpoint.load_newest(run_dir, pytest.fail)
+    del state["record"]["recent"]  # as if this pgrl had begun to keep it
+    checkpoint.save(run_dir, step + 1, state)
+    with pytest.raises(UserError, match="made by pgrl .* has no 'recent', which this pgrl, .*, needs(.|\n)*new run"):
+        pgrl.run([f"resume={run_dir}", "total_timesteps=2000"])
+
+
 def test_due() -> None:
     assert [step for step in range(3, 31, 3) if due(10, step, 3)] == [12, 21, 30]
     assert not due(None, 10, 10)

@@ -26,7 +26,7 @@ from pgrl import checkpoint, memory
 from pgrl.agents import AGENTS, Agent, Setting
 from pgrl.config import RunConfig, schema
 from pgrl.envs import VecEnv, make_vec
-from pgrl.errors import UserError
+from pgrl.errors import CheckpointError, UserError
 from pgrl.logger import log_to
 from pgrl.record import Record
 from pgrl.replay import Priority, nbytes
@@ -94,10 +94,20 @@ class Run:
         return Snapshot(self.position.step, self.position.best_step, state, time.perf_counter())
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a snapshot's state; warns of what may make the continuation round differently."""
-        for name, part in vars(self).items():
-            part.load_state_dict(state[name])
+        """Continue from a snapshot's state; warns of what may make the continuation round differently.
+
+        CheckpointError where the state has not what this version of pgrl asks for.
+        """
         now = made_with(self.agent)
+        try:
+            for name, part in vars(self).items():
+                part.load_state_dict(state[name])
+        except KeyError as error:
+            was = state.get("made_with", {}).get("pgrl", "another version")
+            raise CheckpointError(
+                f"the checkpoint was made by pgrl {was} and has no {error}, which this pgrl, {now['pgrl']}, needs.\n"
+                "Go on with that version, or start a new run: python -m pgrl.train"
+            ) from error
         changed = [f"{k} was {v}, is {now.get(k)}" for k, v in state["made_with"].items() if v != now.get(k)]
         if changed:
             log.warning("the run goes on, but perhaps not bit for bit: %s", ", ".join(changed))
