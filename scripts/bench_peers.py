@@ -76,7 +76,7 @@ NATURAL = f"""algo=trpo {PLAIN} algo.advantage=gae algo.gae_lambda=0.95 algo.nor
 algo.fisher_fraction=1 algo.adam_eps=1e-5 algo.max_grad_norm=null algo.vf_clip_coef=null compile=true"""
 REPLAY = """tuned=null algo.num_steps=1 algo.utd_ratio=1 algo.batch_size=256 algo.buffer_size=1000000 algo.gamma=0.99
 algo.learning_starts=1000 algo.tau=0.005 algo.n_step=1 algo.network.hidden_sizes=[256,256] algo.network.activation=relu
-algo.norm_obs=false algo.max_grad_norm=null"""
+algo.norm_obs=false algo.max_grad_norm=null algo.per_alpha=null algo.policy_delay=1"""
 PEER_REPLAY = dict(
     batch_size=256, buffer_size=1_000_000, learning_starts=1000, tau=0.005, policy_kwargs=dict(net_arch=[256, 256])
 )
@@ -150,9 +150,10 @@ WORKLOADS = (
         num_envs=1,
         num_steps=1,
         iterations=2000,
-        pgrl=f"algo=ddpg {REPLAY} algo.actor_lr=1e-3 algo.critic_lr=1e-3 algo.noise=gaussian algo.noise_std=0.1",
+        pgrl=f"""algo=ddpg {REPLAY} algo.actor_lr=1e-3 algo.critic_lr=1e-3 algo.noise=gaussian algo.noise_std=0.1
+        algo.twin=false algo.target_noise=null""",
         peer="stable_baselines3:DDPG",
-        settings=dict(**PEER_REPLAY, learning_rate=1e-3),
+        settings=dict(**PEER_REPLAY, learning_rate=1e-3, action_noise=0.1),
         target=1.8,
         optimisers=2,
         warm_up=1000,
@@ -280,8 +281,15 @@ def measure_peer(workload: Workload, seed: int, threads: int, folder: Path) -> d
         stamps.add(model.num_timesteps, taken)
 
     env = make_vec_env(workload.env, n_envs=workload.num_envs, seed=seed)
+    settings = dict(workload.settings)
+    if "action_noise" in settings:  # its standard deviation; the object is the peer's
+        import numpy as np
+        from stable_baselines3.common.noise import NormalActionNoise
+
+        actions = env.action_space.shape
+        settings["action_noise"] = NormalActionNoise(np.zeros(actions), np.full(actions, settings["action_noise"]))
     stamped_algorithm = type(name, (algorithm,), {"train": train})
-    model = stamped_algorithm("MlpPolicy", env, seed=seed, device="cpu", **workload.settings)
+    model = stamped_algorithm("MlpPolicy", env, seed=seed, device="cpu", **settings)
     model.learn(workload.total_timesteps)
     returns = [episode["r"] for episode in model.ep_info_buffer]
     return stamps.result(sum(returns) / max(len(returns), 1))

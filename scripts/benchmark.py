@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -33,6 +33,7 @@ from rich.text import Text
 from bench_peers import processor
 from pgrl import __version__
 from pgrl.checkpoint import lock
+from pgrl.config import compose
 from pgrl.errors import UserError
 from pgrl.evaluate import bootstrap_interval, iqm
 from pgrl.logger import read_rows
@@ -240,8 +241,14 @@ def run_jobs(jobs: Sequence[Job], parallel: int, retry: bool) -> int:
 
 def provenance() -> dict[str, str]:
     """What a result depends on besides its config: pgrl's version, the commit, the processor."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    return {"version": __version__, "commit": git.stdout.strip(), "machine": processor()}
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    # the tables and pictures that this script writes change no run
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "src", "configs", "scripts")
+    commit = git("describe", "--always") + "-dirty" * bool(changed)
+    return {"version": __version__, "commit": commit, "machine": processor()}
 
 
 # --------------------------------------------------------------------------------------------------- progress
@@ -460,9 +467,10 @@ def choose(patterns: Sequence[str], extra: Sequence[str], name: str | None) -> l
 def check_same(suite: Suite, folder: Path) -> None:
     """Refuse to mix runs of two configurations in one folder; note the configuration in a new one."""
     path = folder / "suite.json"
-    config = {key: getattr(suite, key) for key in ("algo", "env", "total_timesteps")} | {"extra": [*suite.extra]}
+    command = [f"algo={suite.algo}", f"env={suite.env}", f"total_timesteps={suite.total_timesteps}", *suite.extra]
+    config = {"command": command, "config": asdict(compose(command))}  # the tuned file is part of it
     if path.exists() and read_json(path) != config:
-        raise UserError(f"{folder} holds runs of another configuration: {read_json(path)}; move it away")
+        raise UserError(f"{folder} holds runs of another configuration, {path} says which; move it away")
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(config))
 

@@ -68,7 +68,17 @@ WRONG = [
     # replay
     ("algo=sac env=Pendulum-v1 algo.buffer_size=100", "algo.buffer_size=100", "cannot hold one batch"),
     ("algo=ddpg env=Pendulum-v1 algo.learning_starts=10", "algo.learning_starts=10", "less than one batch"),
-    ("algo=sac env=Pendulum-v1 total_timesteps=500", "total_timesteps=500", "nothing to learn"),
+    ("algo=sac env=Pendulum-v1 total_timesteps=500", "total_timesteps=500", "no gradient step"),
+    ("algo=sac num_envs=4000 total_timesteps=11000 algo.learning_starts=10000", "total_timesteps=11000", "no gradient"),
+    ("algo=sac env=Acrobot-v1 algo.utd_ratio=1e-7", "total_timesteps=1000000", "no gradient step"),
+    ("algo=sac num_envs=10 algo.num_steps=5000 algo.buffer_size=20000", "algo.buffer_size=20000", "one rollout"),
+    ("algo=sac env=Acrobot-v1 algo.buffer_size=1000", "algo.buffer_size=1000", "cannot hold algo.learning_starts"),
+    (
+        "algo=sac env=Acrobot-v1 algo.learning_starts=1000 algo.buffer_size=1000 num_envs=500 algo.n_step=50",
+        "algo.buffer_size=1000",
+        "cannot hold algo.n_step=50",
+    ),
+    ("algo=ddpg env=Pendulum-v1 algo.noise=ou algo.num_steps=2", "algo.noise=ou", "seen after a rollout"),
     ("algo=sac env=Pendulum-v1 algo.tau=0", "algo.tau=0.0", "above 0"),
     ("algo=ddpg env=Pendulum-v1 algo.noise=white", "algo.noise=white", "must be gaussian or ou"),
     # asynchronous workers

@@ -59,6 +59,7 @@ IDLE = {
     "algo.policy.log_std_init": "algo.policy.log_std_init=-1 algo.policy.distribution=beta",
     "algo.policy.state_dependent_std": "algo.policy.state_dependent_std=true algo.policy.distribution=beta",
     "checkpoint.replay": "checkpoint.replay=false",
+    "algo.network.layer_norm": "algo.network.layer_norm=true algo=sac algo.network.hidden_sizes=[]",
     "algo.per_beta": "algo.per_beta=0.5 algo=sac env=Pendulum-v1",
     "algo.ou_theta": "algo.ou_theta=0.5 algo=ddpg env=Pendulum-v1",
     "algo.target_noise_clip": "algo.target_noise_clip=0.3 algo=ddpg env=Pendulum-v1",

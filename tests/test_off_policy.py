@@ -154,8 +154,8 @@ def test_discrete_sac_is_the_paper() -> None:
     agent = make(SACConfig, CHOICE, alpha=0.3)
     play(agent, 16)
     policy = plain(agent.net.body, agent.net.policy_head)
-    q1, q2 = (plain(critic.encoder, critic.head) for critic in agent.critics.critics)
-    t1, t2 = (plain(critic.encoder, critic.head) for critic in agent.target_critics.critics)
+    q1, q2 = (plain(critic.body, critic.head) for critic in agent.critics.critics)
+    t1, t2 = (plain(critic.body, critic.head) for critic in agent.target_critics.critics)
     (critic, actor) = one_more(agent, "critic_step", "actor_step")
     (batch, _, alpha), (actor_batch, _, _) = critic.calls[0], actor.calls[0]
     assert float(alpha) == pytest.approx(0.3)
@@ -250,13 +250,13 @@ def test_an_empty_buffer_is_filled_before_it_is_learnt_from() -> None:
 def test_the_first_actions_are_uniform_and_nothing_is_learnt(cls: type) -> None:
     agent = make(cls, learning_starts=4000, buffer_size=8000)
     before = [p.detach().clone() for p in agent.critics.parameters()]
-    obs = torch.randn(ENVS, 3)
+    obs, noise = torch.randn(ENVS, 3), agent.noise.state_dict()["generator"].clone()
     actions = torch.cat([agent.act(obs) for _ in range(1000)])
     low, high = torch.tensor(BOX.low), torch.tensor(BOX.high)
     assert (actions >= low).all() and (actions <= high).all()
     torch.testing.assert_close(actions.mean(0), (low + high) / 2, atol=0.06, rtol=0)
     torch.testing.assert_close(actions.var(0), (high - low) ** 2 / 12, atol=0.06, rtol=0)
-    assert agent.noise.state_dict()["used"] == 0  # the policy's own noise is not touched
+    assert torch.equal(agent.noise.state_dict()["generator"], noise)  # the policy's own is not touched
     metrics = play(agent, 5)
     assert metrics[-1].keys() == {"charts/updates"} and metrics[-1]["charts/updates"] == 0
     assert all(torch.equal(p, q) for p, q in zip(before, agent.critics.parameters(), strict=True))
@@ -265,6 +265,13 @@ def test_the_first_actions_are_uniform_and_nothing_is_learnt(cls: type) -> None:
 def test_random_choices_are_uniform() -> None:
     drawn = random_actions(CHOICE, 3000, Generator().manual_seed(0))
     assert drawn.dtype == torch.int64 and drawn.bincount().tolist() == pytest.approx([1000] * 3, rel=0.1)
+
+
+def test_coloured_noise_fits_any_number_of_envs() -> None:
+    agent = make(DDPGConfig, noise="ou", learning_starts=16)
+    play(agent, 10)
+    for n in (1, 7):  # as an agent that was loaded may be asked
+        assert agent.act(torch.randn(n, 3)).shape == (n, 2)
 
 
 @pytest.mark.parametrize("action", [BOX, CHOICE], ids=["box", "discrete"])
@@ -329,15 +336,53 @@ def test_coloured_noise_drifts_and_begins_anew() -> None:
     assert torch.equal(agent.drift[0], torch.zeros(2)) and torch.equal(agent.drift[1], before[1])
 
 
-def test_priorities_follow_the_errors() -> None:
-    agent = make(SACConfig, per_alpha=1.0)
-    play(agent, 16)
-    seen: list[tuple[Tensor, Tensor]] = []
-    agent.buffer.update_priorities = lambda index, error: seen.append((index, error))
+@pytest.mark.parametrize("cls", [SACConfig, DDPGConfig])
+def test_priorities_follow_the_errors(cls: type) -> None:
+    """The mean over critics of |Q - target|, before the step."""
+    agent = make(cls, per_alpha=1.0, **({"twin": True} if cls is DDPGConfig else {}))
+    play(agent, 20)
+    step, expected, told = agent.critic_step, [], []
+
+    @torch.no_grad()
+    def see(batch: Any, alpha: Any) -> None:
+        if cls is SACConfig:
+            value = agent.next_value(batch, alpha)
+        else:
+            value = agent.target_critics(batch.next_obs, agent.target_net(batch.next_obs)).amin(0)
+        q = agent.critics(batch.obs, batch.action)
+        expected.append((q - (batch.reward + batch.discount * value)).abs().mean(0))
+
+    def seen(batch: Any, lr: Tensor, scalars: Any) -> Any:
+        see(batch, scalars)
+        return step(batch, lr, scalars)
+
+    agent.critic_step = seen
+    agent.buffer.update_priorities = lambda index, error: told.append(error)
+    agent.learn(0.0)
+    torch.testing.assert_close(told[0], expected[0])
+
+
+@pytest.mark.parametrize("cls", [SACConfig, DDPGConfig])
+def test_batches_are_normalised_by_statistics_that_change_last(cls: type) -> None:
+    agent = make(cls, norm_obs=True, clip_obs=0.7)
+    play(agent, 20)
+    sample, samples, counts = agent.buffer.sample, [], []
+
+    def sampled(*args: Any) -> Any:
+        samples.append(sample(*args))
+        counts.append(float(agent.obs_norm.count))
+        return samples[-1]
+
+    agent.buffer.sample = sampled
     (spy,) = one_more(agent, "critic_step")
-    batch, _, alpha = spy.calls[0]
-    index, error = seen[0]
-    assert index.shape == error.shape == (16,) and (error > 0).all() and batch.weight.max() == 1
+    batch, raw = spy.calls[0][0], samples[0]
+    norm = copy.deepcopy(agent.obs_norm)
+    for found, before in ((batch.obs, raw.obs), (batch.next_obs, raw.next_obs)):
+        assert torch.equal(found, norm(before)) and not torch.equal(found, before)
+    assert batch.obs.abs().max() == pytest.approx(0.7)
+    counts.clear()
+    play(agent, 1)
+    assert counts == [40.0, 40.0] and agent.obs_norm.count == 42  # two gradient steps, then the two new rows
 
 
 @pytest.mark.parametrize(

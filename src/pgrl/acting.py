@@ -1,7 +1,7 @@
 """What agents with an actor-critic act with; for small networks on a CPU in numpy.
 
-Between two steps of an env the processor's caches lose torch's code, and each of its operations costs 5 to 10 us, twice
-numpy's; the arithmetic of 64 units takes less than either.
+Between two steps of an env the processor's caches lose torch's code, and calling one of its operations costs more than
+the arithmetic of 64 units; numpy's cost less (`scripts/bench_acting.py`).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Actor:
 
     Samples are made in numpy where a call is small: an MLP of tanh or ReLU units in main memory, whose actions are one
     choice among K, or Gaussian with a free deviation. They equal `net.sample` to rounding. The weights are read where
-    they lie, and looked up again where they were moved.
+    they lie, and looked up again where those of the last layer were moved, with which all others move.
     """
 
     def __init__(self, net: ActorCritic, obs_norm: RunningNorm | None) -> None:

@@ -140,7 +140,7 @@ class Shape(Protocol):
     activation: str
 
 
-def make_body(space: spaces.Box, config: Shape, hidden_sizes: list[int], layer_norm: bool = False) -> MLP | NatureCNN:
+def make_body(space: spaces.Box, config: Shape, hidden_sizes: list[int]) -> MLP | NatureCNN:
     """The body that `config.body` names, for observations of `space`; UserError where it does not fit."""
     if config.body == "cnn" and not is_image(space):
         raise UserError(
@@ -149,7 +149,7 @@ def make_body(space: spaces.Box, config: Shape, hidden_sizes: list[int], layer_n
         )
     if config.body == "cnn" or (config.body == "auto" and is_image(space)):
         return NatureCNN(space.shape)
-    return MLP([math.prod(space.shape), *hidden_sizes], config.activation, layer_norm)
+    return MLP([math.prod(space.shape), *hidden_sizes], config.activation)
 
 
 class Policy(nn.Module):

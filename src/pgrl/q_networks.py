@@ -66,29 +66,28 @@ class DeterministicPolicy(nn.Module):
 class QNetwork(nn.Module):
     """Q(s, a) [N] for actions [N, A] in the policy's units; where one is chosen among K, [N], also [N, K] of them all.
 
-    Weights are as torch makes them: uniform within 1 / sqrt(inputs), as in Lillicrap et al. 2016, section 7.
+    An encoder of the observation (a CNN, or none), then an MLP. Weights are as torch makes them: uniform within
+    1 / sqrt(inputs), as the hidden ones of Lillicrap et al. 2016, section 7.
     """
 
     def __init__(self, obs_space: spaces.Box, action_space: spaces.Space[Any], network: OffPolicyNetworkConfig) -> None:
         super().__init__()
-        hidden, discrete = list(network.hidden_sizes), isinstance(action_space, spaces.Discrete)
-        encoder = make_body(obs_space, network, [] if not discrete else hidden, network.layer_norm)
-        if isinstance(action_space, spaces.Discrete):
-            self.encoder, self.body, outputs = encoder, None, int(action_space.n)
-        else:
-            features = encoder.features + math.prod(action_space.shape or ())
-            self.encoder, self.body = encoder, MLP([features, *hidden], network.activation, network.layer_norm)
-            outputs = 1
-        self.head = nn.Linear((self.body or encoder).features, outputs)
+        self.encoder = make_body(obs_space, network, [])
+        self.discrete = isinstance(action_space, spaces.Discrete)
+        outputs = int(action_space.n) if isinstance(action_space, spaces.Discrete) else 1
+        inputs = self.encoder.features + (0 if self.discrete else math.prod(action_space.shape or ()))
+        self.body = MLP([inputs, *network.hidden_sizes], network.activation, network.layer_norm)
+        self.head = nn.Linear(self.body.features, outputs)
 
     def forward(self, obs: Tensor, action: Tensor | None = None) -> Tensor:
         x = self.encoder.forward(obs)
-        if self.body is None:
-            q = F.linear(x, self.head.weight, self.head.bias)
-            return q if action is None else q.gather(-1, action.unsqueeze(-1)).squeeze(-1)
-        assert action is not None
-        x = self.body.forward(torch.cat([x, action], -1))
-        return F.linear(x, self.head.weight, self.head.bias).squeeze(-1)
+        if not self.discrete:
+            assert action is not None
+            x = torch.cat([x, action], -1)
+        q = F.linear(self.body.forward(x), self.head.weight, self.head.bias)
+        if not self.discrete:
+            return q.squeeze(-1)
+        return q if action is None else q.gather(-1, action.unsqueeze(-1)).squeeze(-1)
 
 
 class Critics(nn.Module):

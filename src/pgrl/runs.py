@@ -8,7 +8,6 @@ import math
 import os
 import platform
 import random
-import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from pgrl import checkpoint, memory
 from pgrl.agents import AGENTS, Agent, Setting
-from pgrl.config import RunConfig, schema
+from pgrl.config import RunConfig
 from pgrl.envs import VecEnv, make_vec
 from pgrl.errors import CheckpointError, UserError
 from pgrl.logger import log_to
@@ -194,25 +193,18 @@ def refuse_too_large(config: RunConfig, env: VecEnv) -> None:
     while fits > 1 and (replay_bytes(config, env, fits) or 0) > 0.8 * free:
         fits = fits * 4 // 5
     fits = max(1, fits // (unit := 10 ** max(0, len(str(fits)) - 2)) * unit)
-    words = [
-        "python",
-        "-m",
-        "pgrl.train",
-        f"algo={schema.algo_name(config.algo)}",
-        f"env={config.env.id}",
-        f"num_envs={config.num_envs}",
-    ]
-    words += [f"device={config.device}", f"algo.buffer_size={fits}"]
+    least = vars(config.algo)["batch_size"]
+    use = f"algo.buffer_size={fits}" if fits >= least else "a machine with more memory: this does not hold one batch"
     raise UserError(
         f"algo.buffer_size={size}: the replay buffer would take {needed / 1e6:,.0f} MB, "
-        f"and {free / 1e6:,.0f} MB {where} are available.\n"
-        f"Try: {shlex.join(words)}"
+        f"and {free / 1e6:,.0f} MB {where} are available.\nUse: {use}"
     )
 
 
 def suitable_threads(agent: Agent) -> int:
     """One thread where the matrices are small, for more only wait for each other; all cores otherwise."""
-    return 1 if sum(p.numel() for p in agent.parameters()) <= MANY_PARAMETERS else os.cpu_count() or 1
+    learnt = sum(p.numel() for p in agent.parameters() if p.requires_grad)
+    return 1 if learnt <= MANY_PARAMETERS else os.cpu_count() or 1
 
 
 class Warnings(logging.Handler):

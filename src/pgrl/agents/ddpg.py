@@ -34,7 +34,7 @@ from pgrl.q_networks import Critics, DeterministicPolicy
 
 @dataclass
 class DDPGConfig(OffPolicyConfig):
-    """`algo=ddpg`; the defaults are those of Fujimoto et al. 2018, table 3, for their DDPG ("our DDPG")."""
+    """`algo=ddpg`; rates, noise and targets are those of Fujimoto et al. 2018, table 3, the rest is as for SAC."""
 
     actor_lr: float = 1e-3  # Adam's
     critic_lr: float = 1e-3
@@ -82,6 +82,8 @@ class DDPG(Agent):
         if explore:
             noise = config.noise_std * self.noise.next(len(obs))
             if config.noise == "ou":
+                if len(obs) != len(self.drift):  # other envs than those of training
+                    self.drift = torch.zeros_like(noise)
                 noise = self.drift.mul_(1.0 - config.ou_theta).add_(noise)
             action = (action + noise).clamp(-1.0, 1.0)
         return net.to_env_units(action)

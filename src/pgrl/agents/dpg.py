@@ -135,6 +135,7 @@ class DPG(Agent):
     def phi(self, obs: Tensor) -> Tensor:
         """The features of a state [N, F]: 1, its entries, and the products of two of them."""
         s = obs.flatten(1)
+        s = s.float() / 255.0 if s.dtype == torch.uint8 else s
         i, j = torch.triu_indices(s.shape[1], s.shape[1], device=s.device)
         return torch.cat([torch.ones_like(s[:, :1]), s, s[:, i] * s[:, j]], 1)
 

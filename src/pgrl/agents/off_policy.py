@@ -30,12 +30,12 @@ class OffPolicyConfig:
     batch_size: int = 256  # transitions of a gradient step
     learning_starts: int = 10_000  # transitions by uniformly random actions before; Spinning Up's, for DDPG and SAC
     tau: float = 0.005  # share of the target networks that each step renews
-    n_step: int = 1  # rewards before the bootstrap; Sutton 1988; fewer where an episode ends
+    n_step: int = 1  # rewards before the bootstrap, of the actions that were taken, without correction; Sutton 1988
     per_alpha: float | None = None  # exponent of the priorities; null: uniform replay; 0.6 in Schaul et al. 2016
     per_beta: float = 0.4  # exponent of their importance weights, linearly to 1; Schaul et al. 2016, table 3
     norm_obs: bool = False  # observations to mean 0, std 1 by running statistics
     clip_obs: float | None = 10.0  # normalised observations within +-; null: off
-    max_grad_norm: float | None = None  # of each network's gradient; null: off
+    max_grad_norm: float | None = None  # of each network's gradient, and of the temperature's; null: off
     network: OffPolicyNetworkConfig = field(default_factory=OffPolicyNetworkConfig)
 
 
@@ -127,7 +127,10 @@ def random_actions(space: spaces.Space[Any], num_envs: int, generator: Generator
 
 
 class Target(FlatParameters):
-    """The parameters of networks that follow others: Lillicrap et al. 2016 (arXiv 1509.02971), algorithm 1."""
+    """The parameters [P] of networks that follow others: Lillicrap et al. 2016 (arXiv 1509.02971), algorithm 1.
+
+    To be made once the networks are on their device.
+    """
 
     def __init__(self, *nets: nn.Module) -> None:
         super().__init__([p for net in nets for p in net.parameters()])
@@ -136,7 +139,8 @@ class Target(FlatParameters):
 
     @torch.no_grad()
     def follow(self, *nets: nn.Module, tau: float) -> None:
-        """theta' <- (1 - tau) theta' + tau theta."""
+        """theta' <- (1 - tau) theta' + tau theta, for all parameters of the nets; RuntimeError if theta' was moved."""
+        self.check()
         self.vector.lerp_(flatten([p for net in nets for p in net.parameters()]), tau)
 
 

@@ -133,7 +133,10 @@ class SAC(Agent):
         return metrics
 
     def critic_loss(self, batch: CriticBatch, alpha: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The soft Bellman error of both critics, equations 5 and 6, summed; metrics: itself, mean Q, TD errors [N]."""
+        """The soft Bellman error of both critics, equations 5 and 6, summed; metrics: itself, mean Q, TD errors [N].
+
+        With n steps the entropies of the states between are left out.
+        """
         with torch.no_grad():
             target = batch.reward + batch.discount * self.next_value(batch, alpha)
         q = self.critics.forward(batch.obs, batch.action)

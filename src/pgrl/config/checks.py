@@ -57,6 +57,7 @@ NEEDS: dict[str, Needs] = {
         lambda c: getattr(c.algo, "optimizer", "rmsprop") == "rmsprop", "algo.optimizer=rmsprop"
     ),
     "algo.network.activation": Needs(lambda c: has_layers(c.algo.network), "algo.network.hidden_sizes=[64]"),
+    "algo.network.layer_norm": Needs(lambda c: has_layers(c.algo.network), "algo.network.hidden_sizes=[64]"),
     "algo.network.policy_gain": Needs(lambda c: c.algo.network.init == "orthogonal", "algo.network.init=orthogonal"),
     "algo.network.value_gain": Needs(lambda c: c.algo.network.init == "orthogonal", "algo.network.init=orthogonal"),
     "algo.policy.log_std_init": Needs(
@@ -210,7 +211,7 @@ def wrong_together(config: RunConfig) -> Iterator[Problem]:
     if algo.get("baseline") in OVER_ENVS and config.num_envs == 1:
         why = f"leaves algo.baseline={algo['baseline']}, which averages over the other envs, none of them"
         yield Problem("num_envs", 1, why, ("num_envs=4",))
-    if config.compile and schema.algo_name(config.algo) == "dpg":
+    if config.compile and "advantage_lr" in algo:
         yield Problem("compile", True, "algo=dpg has no loss whose step could be compiled", ("compile=false",))
     network = algo.get("network")
     if getattr(network, "shared", False) and network.value_hidden_sizes is not None:
@@ -237,16 +238,31 @@ def wrong_replay(config: RunConfig) -> Iterator[Problem]:
     algo = vars(config.algo)
     if "buffer_size" not in algo:
         return
-    batch, starts = algo["batch_size"], algo["learning_starts"]
-    if algo["buffer_size"] // config.num_envs * config.num_envs < batch:  # whole steps of all envs are kept
-        why = f"cannot hold one batch, algo.batch_size={batch}"
-        yield Problem("algo.buffer_size", algo["buffer_size"], why, (f"algo.buffer_size={100 * batch}",))
-    if starts < batch:
-        why = f"is less than one batch, algo.batch_size={batch}, which would hold the same transitions again and again"
-        yield Problem("algo.learning_starts", starts, why, (f"algo.learning_starts={batch}",))
-    elif config.total_timesteps <= starts:
-        why = f"leaves nothing to learn after algo.learning_starts={starts} random actions"
-        yield Problem("total_timesteps", config.total_timesteps, why, (f"total_timesteps={10 * starts}",))
+    rollout = algo["num_steps"] * config.num_envs
+    steps = config.total_timesteps // rollout * rollout
+    starts, ratio = algo["learning_starts"], algo["utd_ratio"]
+    held = algo["buffer_size"] // config.num_envs * config.num_envs  # whole steps of all envs are kept
+    for what, least in (
+        (f"one batch, algo.batch_size={algo['batch_size']}", algo["batch_size"]),
+        (f"algo.learning_starts={starts} transitions", starts),
+        (f"one rollout of num_steps * num_envs = {rollout}", rollout),
+        (f"algo.n_step={algo['n_step']} steps of {config.num_envs} envs", algo["n_step"] * config.num_envs),
+    ):
+        if held < least:
+            enough = 10 * max(algo["batch_size"], starts, rollout, algo["n_step"] * config.num_envs)
+            why = f"cannot hold {what}"
+            yield Problem("algo.buffer_size", algo["buffer_size"], why, (f"algo.buffer_size={enough}",))
+            break
+    if starts < algo["batch_size"]:
+        why = f"is less than one batch, algo.batch_size={algo['batch_size']}, which would repeat its transitions"
+        yield Problem("algo.learning_starts", starts, why, (f"algo.learning_starts={algo['batch_size']}",))
+    elif (steps - starts) * ratio < 1:
+        why = f"leaves no gradient step after algo.learning_starts={starts}, with algo.utd_ratio={ratio:g} for a step"
+        enough = starts + 10 * max(rollout, math.ceil(1 / ratio))
+        yield Problem("total_timesteps", config.total_timesteps, why, (f"total_timesteps={enough}",))
+    if algo.get("noise") == "ou" and algo["num_steps"] > 1:
+        why = "goes with algo.num_steps=1: it begins anew with each episode, whose end is seen after a rollout"
+        yield Problem("algo.noise", "ou", why, ("algo.num_steps=1",))
 
 
 def wrong_asynchronous(config: RunConfig) -> Iterator[Problem]:

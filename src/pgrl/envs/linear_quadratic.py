@@ -76,7 +76,7 @@ def value_matrix(problem: Regulator, gain: Tensor, gamma: float) -> Tensor:
 def discounted_return(problem: Regulator, gain: Tensor, gamma: float) -> Tensor:
     """E[sum_t gamma^t r_t] []; differentiable. NaN where the discounted sum has no limit."""
     f = problem.a + problem.b @ gain.detach()
-    if gamma * torch.linalg.eigvals(f).abs().max() ** 2 >= 1.0:
+    if gamma >= 1.0 or gamma * torch.linalg.eigvals(f).abs().max() ** 2 >= 1.0:
         return torch.tensor(torch.nan, dtype=gain.dtype)
     p = value_matrix(problem, gain, gamma)
     cost: Tensor = (p * (problem.start + gamma / (1.0 - gamma) * problem.noise)).sum()
@@ -84,13 +84,17 @@ def discounted_return(problem: Regulator, gain: Tensor, gamma: float) -> Tensor:
 
 
 def optimal_gain(problem: Regulator, gamma: float) -> Tensor:
-    """The gain [A, S] that is best for the discounted return, by Riccati's recursion to its fixed point."""
+    """The gain [A, S] that is best for the discounted return, by Riccati's recursion to its fixed point.
+
+    ArithmeticError if there is none within 100,000 steps, as where no gain keeps the sum finite.
+    """
     p = problem.q
-    while True:
+    for _ in range(100_000):
         gain, before = best_response(problem, p, gamma), p
         p = one_more_step(problem, gain, p, gamma)
         if torch.equal(p, before) or (p - before).abs().max() <= 1e-14 * p.abs().max():
             return gain
+    raise ArithmeticError("Riccati's recursion has no limit")
 
 
 def best_response(problem: Regulator, p: Tensor, gamma: float) -> Tensor:
