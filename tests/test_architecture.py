@@ -26,14 +26,25 @@ LAYERS = (
     ("agents", "envs"),
     ("acting", "q_networks", "replay"),
     ("networks", "normalisers", "data", "optim"),
-    ("flat", "functional", "trust_region", "distributions", "signals", "env_ids", "errors", "memory", "rows"),
+    (
+        "flat",
+        "functional",
+        "trust_region",
+        "distributions",
+        "signals",
+        "env_ids",
+        "errors",
+        "memory",
+        "processor",
+        "rows",
+    ),
 )
 ENTRY = {"train": {"pgrl"}}  # `python -m pgrl.train` runs the package's command line
 RANK = {module: i for i, layer in enumerate(LAYERS) for module in layer}
 
 PURE = ("functional", "trust_region", "distributions")  # torch and the standard library alone
 ALL_OF_PGRL = {  # for those that import still less of pgrl than their row allows
-    **dict.fromkeys((*PURE, "data", "flat", "signals", "env_ids", "errors", "memory", "rows"), set[str]()),
+    **dict.fromkeys((*PURE, "data", "flat", "signals", "env_ids", "errors", "memory", "processor", "rows"), set[str]()),
     "optim": {"flat"},
     "checkpoint": {"errors", "rows"},
     "replay": {"data", "rows"},

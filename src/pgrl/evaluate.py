@@ -27,7 +27,7 @@ from pgrl.agents import Agent
 from pgrl.config import EvaluateConfig, RunConfig
 from pgrl.envs import EnvConfig, make_vec
 from pgrl.errors import CheckpointError
-from pgrl.runs import make_agent, suitable_threads
+from pgrl.runs import make_agent, set_up
 
 MAX_ENVS = 32
 LONGEST = 10_000  # steps of an episode of an env that has no time limit
@@ -144,7 +144,7 @@ def report(options: EvaluateConfig) -> None:
     """Print and write what `options` asks for."""
     run_dir = Path(options.run)
     agent, config, step = load(run_dir, options.checkpoint)
-    torch.set_num_threads(config.threads or suitable_threads(agent))
+    set_up(config, agent)
     result = evaluate(agent, config.env, options.episodes, options.seed)
     returns = result.returns
     low, high = bootstrap_interval(returns, iqm)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import platform
 import random
 import sys
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pgrl import checkpoint, memory
+from pgrl import checkpoint, memory, processor
 from pgrl.agents import AGENTS, Agent, Setting
 from pgrl.config import RunConfig
 from pgrl.envs import VecEnv, make_vec
@@ -32,8 +31,6 @@ from pgrl.replay import Priority, nbytes
 from pgrl.rows import Rows
 
 log = logging.getLogger("pgrl")
-
-MANY_PARAMETERS = 300_000  # from here a gradient step gains from a second core: two MLPs of 256-256 have 150,000
 
 
 @dataclass
@@ -118,8 +115,8 @@ def made_with(agent: Agent) -> dict[str, Any]:
     for name in ("pgrl", "torch", "numpy", "gymnasium", "mujoco", "box2d"):
         with suppress(PackageNotFoundError):
             made[name] = version(name)
-    processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    return {**made, "threads": torch.get_num_threads(), "device": str(agent.device), "processor": processor}
+    kind = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {processor.multiplies_with()}"
+    return {**made, "threads": torch.get_num_threads(), "device": str(agent.device), "processor": kind}
 
 
 def detached(tree: Any) -> Any:
@@ -163,8 +160,14 @@ def build(config: RunConfig) -> Run:
         env.close()
         raise
     agent = make_agent(config, env)
-    torch.set_num_threads(config.threads or suitable_threads(agent))
+    set_up(config, agent)
     return Run(agent, env)
+
+
+def set_up(config: RunConfig, agent: Agent) -> None:
+    """Prepare this process for the agent: threads, and what else makes its arithmetic fast."""
+    learnt = sum(p.numel() for p in agent.parameters() if p.requires_grad)
+    processor.set_up(learnt, agent.device, config.threads)
 
 
 def replay_bytes(config: RunConfig, env: VecEnv, transitions: int | None = None) -> int | None:
@@ -199,12 +202,6 @@ def refuse_too_large(config: RunConfig, env: VecEnv) -> None:
         f"algo.buffer_size={size}: the replay buffer would take {needed / 1e6:,.0f} MB, "
         f"and {free / 1e6:,.0f} MB {where} are available.\nUse: {use}"
     )
-
-
-def suitable_threads(agent: Agent) -> int:
-    """One thread where the matrices are small, for more only wait for each other; all cores otherwise."""
-    learnt = sum(p.numel() for p in agent.parameters() if p.requires_grad)
-    return 1 if learnt <= MANY_PARAMETERS else os.cpu_count() or 1
 
 
 class Warnings(logging.Handler):

@@ -1,0 +1,67 @@
+"""How this process uses its processor: threads, the library that multiplies matrices, and memory that was freed.
+
+All three matter where networks are so large that arithmetic, not the calls of operations, takes the time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from functools import cache
+from typing import Any
+
+import torch
+
+LARGE = 100_000  # parameters that learn: two MLPs of 256-256 have 150,000, of 128-128 40,000
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+# How torch multiplies matrices of single precision on the CPU: with "bf16" it calls oneDNN, with "none" MKL.
+MATMUL: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+
+
+def set_up(parameters: int, device: torch.device, threads: int | None = None) -> None:
+    """Prepare this process for an agent with so many parameters that learn.
+
+    threads: None is one where the matrices are small, for more would only wait for each other, and all cores otherwise.
+    """
+    large = parameters >= LARGE
+    torch.set_num_threads(threads or (os.cpu_count() or 1 if large else 1))
+    MATMUL.fp32_precision = "bf16" if large and device.type == "cpu" and onednn_is_faster() else "none"
+    if large:
+        keep_freed_memory()
+
+
+def multiplies_with() -> str:
+    """The library that multiplies matrices now."""
+    return "oneDNN" if MATMUL.fp32_precision == "bf16" else "BLAS"
+
+
+@cache
+def onednn_is_faster() -> bool:
+    """Whether oneDNN multiplies large matrices faster than MKL, in single precision as well.
+
+    MKL keeps to AVX2 on processors that are not Intel's; oneDNN takes AVX-512 where it is there. torch calls oneDNN if
+    bf16 is allowed inside a product, which oneDNN takes up where it has hardware for it (AMX). So this is False there,
+    and wherever a trial is less precise than single precision.
+    """
+    able = torch.cpu.get_capabilities()
+    if not able.get("avx512_f") or able.get("amx_tile") or "AMD" not in str(able.get("cpu_name")):
+        return False
+    x, y = torch.randn((2, 256, 256), generator=torch.Generator().manual_seed(0))
+    before, MATMUL.fp32_precision = MATMUL.fp32_precision, "bf16"
+    try:
+        error = (x @ y - x.double() @ y.double()).abs().max()
+    finally:
+        MATMUL.fp32_precision = before
+    return float(error) < 1e-3  # of single precision 5e-5, of bf16 0.2
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Let glibc keep freed memory for the next tensors of that size, instead of having new pages from the system.
+
+    An activation of 256 by 256 is beyond its first thresholds. Other C libraries are left as they are.
+    """
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
+        library.mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # the largest that glibc takes
+        library.mallopt(M_TRIM_THRESHOLD, 256 * 2**20)
