@@ -471,9 +471,9 @@ def test_a_buffer_that_does_not_fit_is_refused_before_it_is_made(
     text = str(caught.value)
     assert text.startswith("algo.buffer_size=50000000: the replay buffer would take 1,600 MB, and 1,000 MB of memory")
     assert not (tmp_path / "run").exists()
-    words = dict(word.split("=") for word in text.split("Try: ")[1].split()[3:])
-    assert words["algo"] == "hoarder" and words["env"] == "CartPole-v1"
-    options.algo.buffer_size = int(words["algo.buffer_size"])
+    key, _, size = text.split("Use: ")[1].partition("=")
+    assert key == "algo.buffer_size"
+    options.algo.buffer_size = int(size)
     env = make_vec(options.env, 2, 1)
     needed = runs.replay_bytes(options, env)
     env.close()

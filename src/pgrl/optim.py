@@ -147,6 +147,12 @@ class GradientStep:
             group.check()
         return self._step(batch, lr, scalars)
 
+    @property
+    def whole(self) -> FlatParameters:
+        """All parameters, where they are one group."""
+        (group,) = self._groups
+        return group
+
     def step(self, batch: Any, lr: Tensor, scalars: Any) -> tuple[Tensor, ...]:
         loss, metrics = self._loss(batch, scalars)
         gradients = torch.autograd.grad(loss, self._parameters)

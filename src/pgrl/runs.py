@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -111,12 +112,18 @@ class Run:
 
 def made_with(agent: Agent) -> dict[str, Any]:
     """What results depend on to the last bit, beside the configuration."""
-    made: dict[str, Any] = {"python": platform.python_version()}
+    kind = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {processor.multiplies_with()}"
+    return {**versions(), "threads": torch.get_num_threads(), "device": str(agent.device), "processor": kind}
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Of python, and of the packages that compute; looking them up takes 5 ms."""
+    found = {"python": platform.python_version()}
     for name in ("pgrl", "torch", "numpy", "gymnasium", "mujoco", "box2d"):
         with suppress(PackageNotFoundError):
-            made[name] = version(name)
-    kind = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {processor.multiplies_with()}"
-    return {**made, "threads": torch.get_num_threads(), "device": str(agent.device), "processor": kind}
+            found[name] = version(name)
+    return found
 
 
 def detached(tree: Any) -> Any:

@@ -16,6 +16,7 @@ from torch import Tensor
 from pgrl import functional
 from pgrl.agents.base import Agent, Setting, generator
 from pgrl.agents.off_policy import (
+    NOISE_STEPS,
     CriticBatch,
     OffPolicyConfig,
     Target,
@@ -62,17 +63,19 @@ class DDPG(Agent):
         self.net = DeterministicPolicy(setting.obs_space, action_space, config.network).to(device)
         self.critics = Critics(1 + config.twin, setting.obs_space, action_space, config.network).to(device)
         self.target_net, self.target_critics = copy.deepcopy(self.net), copy.deepcopy(self.critics)
-        self.target = Target(self.target_net, self.target_critics)
         self.obs_norm = make_obs_norm(config, setting)
         self.buffer = make_buffer(config, setting)
-        self.noise = NoiseStream(self.net.noise, config.num_steps, generator(setting.seed, 0, device))
+        self.noise = NoiseStream(self.net.noise, NOISE_STEPS, generator(setting.seed, 0, device))
         self.random = generator(setting.seed, 1, device)  # the first actions
         self.draws = generator(setting.seed, 2, device)  # the noise inside updates
         self.drift = torch.zeros(setting.num_envs, self.net.actions, device=device)  # the state of noise=ou
         self.updates = torch.zeros((), dtype=torch.int64)
 
+        self.critic_lr, self.actor_lr = torch.tensor([config.critic_lr, config.actor_lr], device=device).unbind()
         self.critic_step = gradient_step(config, setting, self.critic_loss, self.critics)
         self.actor_step = gradient_step(config, setting, self.actor_loss, self.net)
+        self.target_policy = Target(self.target_net, self.actor_step.whole)
+        self.target_q = Target(self.target_critics, self.critic_step.whole)
 
     def act(self, obs: Tensor, explore: bool = True) -> Tensor:
         config, net = self.config, self.net
@@ -100,17 +103,19 @@ class DDPG(Agent):
     def learn(self, progress: float) -> dict[str, Tensor]:
         """One gradient step of the critics, and of the policy and the targets when it is their turn."""
         config = self.config
-        batch, index = draw(config, self.buffer, self.obs_norm, self.net, self.draws, progress)
-        lr = torch.tensor([config.critic_lr, config.actor_lr], device=batch.obs.device)
-
-        qf_loss, qf_values, td_error, grad_norm = self.critic_step(batch, lr[0], ())
+        draws = None if config.target_noise is None else self.draws
+        batch, index = draw(config, self.buffer, self.obs_norm, self.net, draws, progress)
+        qf_loss, qf_values, td_error, grad_norm = self.critic_step(batch, self.critic_lr, ())
         if config.per_alpha is not None:
             self.buffer.update_priorities(index, td_error)
         metrics = {"losses/qf_loss": qf_loss, "losses/qf_values": qf_values, "losses/qf_grad_norm": grad_norm}
         self.updates += 1
         if int(self.updates) % config.policy_delay == 0:
-            metrics["losses/actor_loss"], metrics["losses/actor_grad_norm"] = self.actor_step(batch.obs, lr[1], ())
-            self.target.follow(self.net, self.critics, tau=config.tau)
+            metrics["losses/actor_loss"], metrics["losses/actor_grad_norm"] = self.actor_step(
+                batch.obs, self.actor_lr, ()
+            )
+            self.target_policy.follow(config.tau)
+            self.target_q.follow(config.tau)
         return metrics
 
     def critic_loss(self, batch: CriticBatch, _: tuple[()]) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -12,11 +12,13 @@ import torch
 from torch import Generator, Tensor, nn
 
 from pgrl.agents.base import Setting, generator
-from pgrl.flat import FlatParameters, flatten
+from pgrl.flat import FlatParameters
 from pgrl.normalisers import RunningNorm
 from pgrl.optim import Adam, GradientStep, Loss
 from pgrl.q_networks import OffPolicyNetworkConfig
 from pgrl.replay import Priority, ReplayBuffer
+
+NOISE_STEPS = 64  # of the envs, for which noise is drawn at a time
 
 
 @dataclass
@@ -82,7 +84,7 @@ class CriticBatch(NamedTuple):
     next_obs: Tensor
     discount: Tensor  # of the value of next_obs; 0 where nothing follows
     weight: Tensor
-    noise: Tensor  # for the next actions
+    noise: Tensor  # for the next actions; [0] where they need none
 
 
 class Units(Protocol):
@@ -98,15 +100,19 @@ def draw(
     buffer: ReplayBuffer,
     obs_norm: RunningNorm | None,
     policy: Units,
-    draws: Generator,
+    draws: Generator | None,
     progress: float,
 ) -> tuple[CriticBatch, Tensor]:
-    """A batch of replay, normalised by the present statistics, and its index [N] in the buffer."""
+    """A batch of replay, normalised by the present statistics, and its index [N] in the buffer.
+
+    `draws` gives the noise of the next actions; None: they need none.
+    """
     sample = buffer.sample(config.batch_size, config.per_beta + (1.0 - config.per_beta) * progress)
     obs, next_obs = sample.obs, sample.next_obs
     if obs_norm is not None:
         obs, next_obs = obs_norm(obs), obs_norm(next_obs)
-    action, noise = policy.to_policy_units(sample.action), policy.noise((config.batch_size,), draws)
+    action = policy.to_policy_units(sample.action)
+    noise = torch.empty(0) if draws is None else policy.noise((config.batch_size,), draws)
     return CriticBatch(obs, action, sample.reward, next_obs, sample.discount, sample.weight, noise), sample.index
 
 
@@ -127,21 +133,23 @@ def random_actions(space: spaces.Space[Any], num_envs: int, generator: Generator
 
 
 class Target(FlatParameters):
-    """The parameters [P] of networks that follow others: Lillicrap et al. 2016 (arXiv 1509.02971), algorithm 1.
+    """The parameters [P] of a network that follows `learnt`: Lillicrap et al. 2016 (arXiv 1509.02971), algorithm 1.
 
-    To be made once the networks are on their device.
+    To be made once the network is on its device.
     """
 
-    def __init__(self, *nets: nn.Module) -> None:
-        super().__init__([p for net in nets for p in net.parameters()])
+    def __init__(self, net: nn.Module, learnt: FlatParameters) -> None:
+        super().__init__(list(net.parameters()))
+        self.learnt = learnt
         for p in self.parameters:
             p.requires_grad_(False)
 
     @torch.no_grad()
-    def follow(self, *nets: nn.Module, tau: float) -> None:
-        """theta' <- (1 - tau) theta' + tau theta, for all parameters of the nets; RuntimeError if theta' was moved."""
+    def follow(self, tau: float) -> None:
+        """theta' <- (1 - tau) theta' + tau theta; RuntimeError where one of the networks was moved."""
         self.check()
-        self.vector.lerp_(flatten([p for net in nets for p in net.parameters()]), tau)
+        self.learnt.check()
+        self.vector.lerp_(self.learnt.vector, tau)
 
 
 def means(steps: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

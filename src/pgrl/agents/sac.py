@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pgrl import functional
 from pgrl.agents.base import Agent, Setting, generator
 from pgrl.agents.off_policy import (
+    NOISE_STEPS,
     CriticBatch,
     OffPolicyConfig,
     Target,
@@ -81,19 +82,21 @@ class SAC(Agent):
         self.net = Policy(obs_space, action_space, config.network, kind).to(device)
         self.critics = Critics(2, obs_space, action_space, config.network).to(device)
         self.target_critics = copy.deepcopy(self.critics)
-        self.target = Target(self.target_critics)
         self.temperature = Temperature(config.alpha_init if config.alpha is None else config.alpha).to(device)
         self.target_entropy = config.target_entropy if config.target_entropy is not None else usual(action_space)
         self.obs_norm = make_obs_norm(config, setting)
         self.buffer = make_buffer(config, setting)
-        self.noise = NoiseStream(self.net.noise, config.num_steps, generator(setting.seed, 0, device))
+        self.noise = NoiseStream(self.net.noise, NOISE_STEPS, generator(setting.seed, 0, device))
         self.random = generator(setting.seed, 1, device)  # the first actions
         self.draws = generator(setting.seed, 2, device)  # the actions inside updates
         self.updates = torch.zeros((), dtype=torch.int64)
 
+        rates = torch.tensor([config.critic_lr, config.actor_lr, config.alpha_lr], device=device)
+        self.critic_lr, self.actor_lr, self.alpha_lr = rates.unbind()
         self.critic_step = gradient_step(config, setting, self.critic_loss, self.critics)
         self.actor_step = gradient_step(config, setting, self.actor_loss, self.net)
         self.temperature_step = gradient_step(config, setting, self.temperature_loss, self.temperature)
+        self.target = Target(self.target_critics, self.critic_step.whole)
 
     def act(self, obs: Tensor, explore: bool = True) -> Tensor:
         if explore and self.buffer.count < self.config.learning_starts:
@@ -115,21 +118,19 @@ class SAC(Agent):
         with torch.no_grad():
             alpha = self.temperature()
         batch, index = draw(config, self.buffer, self.obs_norm, self.net, self.draws, progress)
-        lr = torch.tensor([config.critic_lr, config.actor_lr, config.alpha_lr], device=alpha.device)
-
-        qf_loss, qf_values, td_error, grad_norm = self.critic_step(batch, lr[0], alpha)
+        qf_loss, qf_values, td_error, grad_norm = self.critic_step(batch, self.critic_lr, alpha)
         if config.per_alpha is not None:
             self.buffer.update_priorities(index, td_error)
         metrics = {"losses/qf_loss": qf_loss, "losses/qf_values": qf_values, "losses/qf_grad_norm": grad_norm}
-        self.target.follow(self.critics, tau=config.tau)
+        self.target.follow(config.tau)
         self.updates += 1
         if int(self.updates) % config.policy_delay == 0:
             actor_batch = ActorBatch(batch.obs, self.net.noise((config.batch_size,), self.draws))
-            actor_loss, entropy, grad_norm = self.actor_step(actor_batch, lr[1], alpha)
+            actor_loss, entropy, grad_norm = self.actor_step(actor_batch, self.actor_lr, alpha)
             metrics |= {"losses/actor_loss": actor_loss, "losses/entropy": entropy, "losses/alpha": alpha}
             metrics["losses/actor_grad_norm"] = grad_norm
             if config.alpha is None:
-                metrics["losses/alpha_loss"], _ = self.temperature_step(entropy, lr[2], ())
+                metrics["losses/alpha_loss"], _ = self.temperature_step(entropy, self.alpha_lr, ())
         return metrics
 
     def critic_loss(self, batch: CriticBatch, alpha: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
