@@ -46,6 +46,7 @@ class DeterministicPolicy(nn.Module):
         self.head = nn.Linear(self.body.features, self.actions)
         for name, bound in units(action_space, rescale=True).items():
             self.register_buffer(name, bound, persistent=False)
+        self.affine = bool((self.center != 0).any() or (self.radius != 1).any())
 
     def forward(self, obs: Tensor) -> Tensor:
         return torch.tanh(F.linear(self.body.forward(obs), self.head.weight, self.head.bias))
@@ -55,12 +56,12 @@ class DeterministicPolicy(nn.Module):
         return DiagGaussian.noise((*shape, self.actions), generator)
 
     def to_env_units(self, action: Tensor) -> Tensor:
-        """Actions [N, A] of the policy in the env's units, within its bounds."""
-        return (self.center + action * self.radius).clamp(self.low, self.high)
+        """Actions [N, A] in [-1, 1] in the env's units, within its bounds."""
+        return torch.addcmul(self.center, action, self.radius).clamp(self.low, self.high) if self.affine else action
 
     def to_policy_units(self, action: Tensor) -> Tensor:
         """Actions [N, A] of a rollout in [-1, 1]."""
-        return (action - self.center) / self.radius
+        return (action - self.center) / self.radius if self.affine else action
 
 
 class QNetwork(nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor
 from pgrl.envs import Episode
 
 WINDOW = 100  # episodes
-FOLD = 1024  # updates kept one by one, so that memory stays bounded however rarely a row is written
+FOLD = 64  # updates kept one by one: reading a metric waits for a GPU, but each one kept makes a snapshot dearer
 
 
 class Record:

@@ -81,14 +81,14 @@ class DDPG(Agent):
         config, net = self.config, self.net
         if explore and self.buffer.count < config.learning_starts:
             return random_actions(self.action_space, len(obs), self.random)
-        action = net(obs if self.obs_norm is None else self.obs_norm(obs))
+        action = net.forward(obs if self.obs_norm is None else self.obs_norm(obs))
         if explore:
-            noise = config.noise_std * self.noise.next(len(obs))
+            noise, scale = self.noise.next(len(obs)), config.noise_std
             if config.noise == "ou":
                 if len(obs) != len(self.drift):  # other envs than those of training
                     self.drift = torch.zeros_like(noise)
-                noise = self.drift.mul_(1.0 - config.ou_theta).add_(noise)
-            action = (action + noise).clamp(-1.0, 1.0)
+                noise, scale = self.drift.mul_(1.0 - config.ou_theta).add_(noise, alpha=scale), 1.0
+            action = action.add(noise, alpha=scale).clamp_(-1.0, 1.0)
         return net.to_env_units(action)
 
     def update(self, rollout: Transition, progress: float) -> dict[str, Tensor]:
