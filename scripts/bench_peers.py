@@ -1,17 +1,19 @@
-"""Measure pgrl against Stable-Baselines3 and its contrib package (the `bench` extra), and Tianshou, at equal work.
+"""Measure pgrl against Stable-Baselines3, its contrib package (the `bench` extra), SBX and Tianshou, at equal work.
 
     python scripts/bench_peers.py                              every workload, 5 pairs each
     python scripts/bench_peers.py ppo-cartpole --pairs 10      one of them, 10 pairs
     python scripts/bench_peers.py --report                     table and picture from results/peers.json
 
 Equal work: the same env, number of envs, rollout, epochs, minibatches, nets, optimiser, learning rate and
-clipping; no normalisation of observations or rewards, no learning-rate decay, no TensorBoard; one thread.
+clipping; no normalisation of observations or rewards, no learning-rate decay, no TensorBoard. Each side has
+the number of threads with which it is faster, one or all cores, as a measurement of each tells beforehand.
 Every measurement is a fresh process. Both sides are stamped in the same place, at the return of each
 update, with wall and CPU time; the first two iterations are dropped. Env steps and gradient steps are
 counted on both sides and must be equal. The order is A B B A; the result is the median over pairs of the
 ratio of steps per second. Leave the machine alone while this runs. Where pgrl compiles its gradient steps,
 that happens in the dropped iterations; their seconds are in peers.json. Tianshou pins packages that pgrl's
-own tools need newer: install it in an environment of its own (pip install tianshou), beside pgrl.
+own tools need newer: install it in an environment of its own (pip install tianshou), beside pgrl. SBX is
+Stable-Baselines3 in JAX (pip install sbx-rl): its whole update is compiled, and so is pgrl's beside it.
 """
 
 import argparse
@@ -27,7 +29,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, SupportsInt
@@ -51,7 +53,7 @@ class Workload:
     settings: Mapping[str, Any]  # of the peer's constructor
     target: float | None  # the ratio aimed at; None: only reported
     policy_steps: int = 0  # gradient steps of an iteration that the peer takes without an optimiser
-    optimisers: int = 1  # of the peer, each of which takes a step where one is counted
+    optimisers: int = 1  # of the peer, each of which takes a step where one is counted; 0: the peer counts its updates
     warm_up: int = 0  # env steps before the first update
     dropped: int = DROPPED  # iterations before the measurement starts
 
@@ -77,9 +79,13 @@ algo.fisher_fraction=1 algo.adam_eps=1e-5 algo.max_grad_norm=null algo.vf_clip_c
 REPLAY = """tuned=null algo.num_steps=1 algo.utd_ratio=1 algo.batch_size=256 algo.buffer_size=1000000 algo.gamma=0.99
 algo.learning_starts=1000 algo.tau=0.005 algo.n_step=1 algo.network.hidden_sizes=[256,256] algo.network.activation=relu
 algo.norm_obs=false algo.max_grad_norm=null algo.per_alpha=null algo.policy_delay=1"""
+SAC = f"algo=sac {REPLAY} algo.actor_lr=3e-4 algo.critic_lr=3e-4 algo.alpha_lr=3e-4"
+DDPG = f"""algo=ddpg {REPLAY} algo.actor_lr=1e-3 algo.critic_lr=1e-3 algo.noise=gaussian algo.noise_std=0.1
+algo.twin=false algo.target_noise=null"""
 PEER_REPLAY = dict(
     batch_size=256, buffer_size=1_000_000, learning_starts=1000, tau=0.005, policy_kwargs=dict(net_arch=[256, 256])
 )
+NOISE = dict(action_noise=0.1)
 WORKLOADS = (
     Workload(
         "ppo-halfcheetah-1",
@@ -130,34 +136,37 @@ WORKLOADS = (
         target=3.5,
         policy_steps=1,
     ),
-    Workload(
-        "sac-halfcheetah",
-        "HalfCheetah-v4",
-        num_envs=1,
-        num_steps=1,
-        iterations=2000,
-        pgrl=f"algo=sac {REPLAY} algo.actor_lr=3e-4 algo.critic_lr=3e-4 algo.alpha_lr=3e-4",
-        peer="stable_baselines3:SAC",
-        settings=dict(**PEER_REPLAY, learning_rate=3e-4),
-        target=1.6,
-        optimisers=3,
-        warm_up=1000,
-        dropped=200,
-    ),
-    Workload(
-        "ddpg-halfcheetah",
-        "HalfCheetah-v4",
-        num_envs=1,
-        num_steps=1,
-        iterations=2000,
-        pgrl=f"""algo=ddpg {REPLAY} algo.actor_lr=1e-3 algo.critic_lr=1e-3 algo.noise=gaussian algo.noise_std=0.1
-        algo.twin=false algo.target_noise=null""",
-        peer="stable_baselines3:DDPG",
-        settings=dict(**PEER_REPLAY, learning_rate=1e-3, action_noise=0.1),
-        target=1.8,
-        optimisers=2,
-        warm_up=1000,
-        dropped=200,
+    *(
+        Workload(
+            name,
+            "HalfCheetah-v4",
+            num_envs=1,
+            num_steps=1,
+            iterations=2000,
+            pgrl=f"{ours} compile={str(compiled).lower()}",
+            peer=peer,
+            settings=dict(**PEER_REPLAY, **settings),
+            target=target,
+            optimisers=optimisers,
+            warm_up=1000,
+            dropped=200,
+        )
+        for name, ours, compiled, peer, settings, optimisers, target in (
+            ("sac-halfcheetah", SAC, False, "stable_baselines3:SAC", dict(learning_rate=3e-4), 3, 1.6),
+            ("sac-halfcheetah-compiled", SAC, True, "stable_baselines3:SAC", dict(learning_rate=3e-4), 3, None),
+            ("sac-halfcheetah-sbx", SAC, True, "sbx:SAC", dict(learning_rate=3e-4), 0, None),
+            ("ddpg-halfcheetah", DDPG, False, "stable_baselines3:DDPG", dict(learning_rate=1e-3, **NOISE), 2, 1.8),
+            (
+                "ddpg-halfcheetah-compiled",
+                DDPG,
+                True,
+                "stable_baselines3:DDPG",
+                dict(learning_rate=1e-3, **NOISE),
+                2,
+                None,
+            ),
+            ("ddpg-halfcheetah-sbx", DDPG, True, "sbx:DDPG", dict(learning_rate=1e-3, **NOISE), 0, None),
+        )
     ),
     Workload(
         "npg-halfcheetah-16",
@@ -264,6 +273,8 @@ def measure_peer(workload: Workload, seed: int, threads: int, folder: Path) -> d
 
     del folder  # it writes nothing
     torch.set_num_threads(threads)
+    if hasattr(os, "sched_setaffinity"):  # the only way to tell JAX
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     gradient_steps = 0
 
     def count(*_: object) -> None:
@@ -277,7 +288,8 @@ def measure_peer(workload: Workload, seed: int, threads: int, folder: Path) -> d
 
     def train(model: Any, *rest: Any, **named: Any) -> None:
         algorithm.train(model, *rest, **named)
-        taken = gradient_steps // workload.optimisers + workload.policy_steps * (len(stamps.rows) + 1)
+        taken = gradient_steps // workload.optimisers if workload.optimisers else model._n_updates
+        taken += workload.policy_steps * (len(stamps.rows) + 1)
         stamps.add(model.num_timesteps, taken)
 
     env = make_vec_env(workload.env, n_envs=workload.num_envs, seed=seed)
@@ -408,11 +420,17 @@ def order(pairs: int) -> list[tuple[str, str]]:
     return [SIDES if pair % 2 == 0 else (SIDES[1], SIDES[0]) for pair in range(pairs)]
 
 
-def compare(workload: Workload, pairs: int, threads: int) -> list[dict[str, dict[str, float]]]:
-    """Measure the pairs, and refuse a comparison of unequal work."""
+def better_threads(workload: Workload, side: str) -> int:
+    """One thread or all cores, whichever this side is faster with."""
+    cores = os.cpu_count() or 1
+    return max({1, cores}, key=lambda threads: child(side, workload, 0, threads)["sps"])
+
+
+def compare(workload: Workload, pairs: int, threads: Mapping[str, int]) -> list[dict[str, dict[str, float]]]:
+    """Measure the pairs, each side with its number of threads, and refuse a comparison of unequal work."""
     results = []
     for seed, sides in enumerate(order(pairs), start=1):
-        pair = {side: child(side, workload, seed, threads) for side in sides}
+        pair = {side: child(side, workload, seed, threads[side]) for side in sides}
         for count in ("iterations", "env_steps", "gradient_steps"):
             one, other = pair["pgrl"][count], pair["peer"][count]
             if one != other:
@@ -438,27 +456,33 @@ def summary(pairs: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, Any
     return {"ratio": median(ratios), "interval": bootstrap_interval(ratios, median), **sides}
 
 
-HEADER = """| workload | peer | steps/s, pgrl / peer | ratio [95 % interval] | aim | steps per CPU-second \
-| return | peak MB | env steps | gradient steps |
-|---|---|--:|--:|--:|--:|--:|--:|--:|--:|
+HEADER = """| workload | peer | steps/s, pgrl / peer | ratio [95 % interval] | aim | threads | steps per CPU-second \
+| return | peak MB | env steps | gradient steps | machine |
+|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|:-:|
 """
 
 
 def table(results: Mapping[str, Any]) -> str:
     """The markdown table of what `results` holds."""
-    lines = []
+    lines, machines = [], list[dict[str, str]]()
     for workload in WORKLOADS:
         if workload.name not in results["workloads"]:
             continue
-        one = summary(results["workloads"][workload.name])
+        measured = results["workloads"][workload.name]
+        if measured["machine"] not in machines:
+            machines.append(measured["machine"])
+        letter = chr(ord("A") + machines.index(measured["machine"]))
+        one = summary(measured["pairs"])
         low, high = one["interval"]
         aim = "–" if workload.target is None else f"{workload.target:g}"
         both = {key: " / ".join(f"{one[side][key]:,.0f}" for side in SIDES) for key in one["pgrl"]}
         lines.append(
             f"| {workload.name} | {workload.peer.replace(':', '.')} | {both['sps']} "
             f"| **{one['ratio']:.2f}** [{low:.2f}, {high:.2f}] | {aim} "
+            f"| {measured['threads']['pgrl']} / {measured['threads']['peer']} "
             f"| {both['steps_per_cpu_second']} | {both['return']} | {both['memory_mb']} "
-            f"| {one['pgrl']['env_steps']:,.0f} | {one['pgrl']['gradient_steps']:,.0f} |\n"
+            f"| {one['pgrl']['env_steps']:,.0f} | {one['pgrl']['gradient_steps']:,.0f} "
+            f"| {letter} |\n"
         )
     text = HEADER + "".join(lines)
     starts = results.get("starts", [])
@@ -467,7 +491,9 @@ def table(results: Mapping[str, Any]) -> str:
             f"\n`python -m pgrl.train` takes {starts[0]:.1f} s to its first env step at the first call, then "
             f"{median(starts):.1f} s (median of {len(starts)}).\n"
         )
-    return text + "\n" + ", ".join(f"{key} {value}" for key, value in results["machine"].items()) + "\n"
+    for i, machine in enumerate(machines):
+        text += f"\n{chr(ord('A') + i)}: " + ", ".join(f"{key} {value}" for key, value in machine.items()) + "\n"
+    return text
 
 
 def plot(results: Mapping[str, Any], path: Path) -> None:
@@ -480,11 +506,11 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     figure = Figure(figsize=(7, 0.8 + 0.8 * len(measured)), layout="constrained")
     axes = figure.subplots()
     for place, workload in enumerate(measured):
-        one = summary(results["workloads"][workload.name])
+        one = summary(results["workloads"][workload.name]["pairs"])
         for offset, side, colour in ((-0.18, "pgrl", BLUE), (0.18, "peer", "#b5b5b5")):
             sps = one[side]["sps"]
             label = (
-                {"pgrl": "pgrl", "peer": "Stable-Baselines3, its contrib package, Tianshou"}[side]
+                {"pgrl": "pgrl", "peer": "Stable-Baselines3, its contrib package, SBX, Tianshou"}[side]
                 if place == 0
                 else None
             )
@@ -498,7 +524,7 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     axes.tick_params(axis="y", length=0)
     axes.tick_params(axis="x", labelsize=8, colors=GREY)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.set_xlabel("env steps per second, training, one thread", fontsize=9)
+    axes.set_xlabel("env steps per second, training", fontsize=9)
     figure.legend(loc="outside upper right", ncols=2, fontsize=9, frameon=False)
     save(figure, path)
 
@@ -513,12 +539,21 @@ def processor() -> str:
     return f"{os.cpu_count()} x {model}"
 
 
+def known(package: str) -> bool:
+    """Whether a distribution is installed."""
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
 def machine() -> dict[str, str]:
     """The machine and versions that the figures hold for."""
     from pgrl import __version__
 
-    packages = ("torch", "gymnasium", "mujoco", "stable-baselines3", "sb3-contrib", "tianshou")
-    versions = {package: version(package) for package in packages if find_spec(package.replace("-", "_"))}
+    packages = ("torch", "gymnasium", "mujoco", "stable-baselines3", "sb3-contrib", "sbx-rl", "tianshou")
+    versions = {package: version(package) for package in packages if known(package)}
     return {"cpu": processor(), "python": platform.python_version(), "pgrl": __version__, **versions}
 
 
@@ -538,7 +573,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workloads", nargs="*", help="names; all of them if none is given")
     parser.add_argument("--pairs", type=int, default=5, help="measurements of each side (default 5)")
-    parser.add_argument("--threads", type=int, default=1, help="threads of each side (default 1)")
+    parser.add_argument("--threads", type=int, help="threads of each side (default: with which it is faster)")
     parser.add_argument("--iterations", type=int, help="rollouts of a measurement, for a quick look")
     parser.add_argument("--starts", type=int, default=5, help="measurements of the start (default 5)")
     parser.add_argument("--report", action="store_true", help="only make the table and the picture")
@@ -550,7 +585,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         child_main(*options.child)
         return 0
     path: Path = options.results / "peers.json"
-    results: dict[str, Any] = {"workloads": {}, "starts": [], "machine": {}}
+    results: dict[str, Any] = {"workloads": {}, "starts": []}
     if path.exists():
         results |= json.loads(path.read_text())
     if not options.report:
@@ -558,15 +593,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         workloads = [find(name) for name in options.workloads] or [w for w in WORKLOADS if installed(w)]
         for workload in workloads:
             if not installed(workload):
-                raise SystemExit(
-                    f"{workload.name} needs {workload.peer}: pip install {workload.peer.partition('.')[0]}"
-                )
-        results["machine"] = machine()
+                package = {"sbx": "sbx-rl"}.get(name := workload.peer.partition(":")[0].partition(".")[0], name)
+                raise SystemExit(f"{workload.name} needs {workload.peer}: pip install {package}")
         results["starts"] = [child("start", WORKLOADS[0], 0, 1)["seconds"] for _ in range(options.starts)]
         print("seconds to the first env step:", *(f"{start:.1f}" for start in results["starts"]), flush=True)
         for workload in workloads:
             sized = replace(workload, iterations=options.iterations or workload.iterations)
-            results["workloads"][workload.name] = compare(sized, options.pairs, options.threads)
+            threads = {side: options.threads or better_threads(sized, side) for side in SIDES}
+            pairs = compare(sized, options.pairs, threads)
+            results["workloads"][workload.name] = {"pairs": pairs, "threads": threads, "machine": machine()}
             path.write_text(json.dumps(results, indent=1) + "\n")
     text = table(results)
     (options.results / "peers.md").write_text(text)

@@ -42,7 +42,6 @@ def measure(algo: str, way: str, threads: int, updates: int) -> dict[str, float]
     """Milliseconds of an update's gradient steps, of all the rest of its env step, and of the floor."""
     import pgrl
     from pgrl.agents.off_policy import Target
-    from pgrl.optim import GradientStep
 
     compiled, tuned = WAYS[way]
     if not tuned:
@@ -61,39 +60,36 @@ def measure(algo: str, way: str, threads: int, updates: int) -> dict[str, float]
 
         return wrapper
 
-    GradientStep.__call__ = timed(GradientStep.__call__)  # type: ignore[method-assign]
     Target.follow = timed(Target.follow)  # type: ignore[method-assign]
     kind = next(kind for kind in pgrl.agents.Agent.__subclasses__() if kind.name == algo)
     update = kind.update
 
     def noted(self: Any, *rest: Any) -> Any:
         nonlocal spent, began, ended
+        if not agents:
+            agents.append(self)
+            self.step = timed(self.step)
         metrics = update(self, *rest)
         if int(self.updates) == FIRST:
             spent, began = 0.0, time.perf_counter()
-        agents[:], ended = [self], time.perf_counter()
+        ended = time.perf_counter()
         return metrics
 
     kind.update = noted  # type: ignore[method-assign]
     workload = bench_peers.find(f"{algo}-halfcheetah")
     steps = workload.warm_up + FIRST + updates
     with tempfile.TemporaryDirectory() as folder:
-        quiet = f"eval_every=null tensorboard=false run_dir={folder}/run compile={str(compiled).lower()}"
+        quiet = f"eval_every=null tensorboard=false run_dir={folder}/run"
         command = f"env=HalfCheetah-v4 num_envs=1 total_timesteps={steps} threads={threads} {quiet} {workload.pgrl}"
+        command = f"{command} compile={str(compiled).lower()}"
         pgrl.run(command.split())
     gradient, whole = 1e3 * spent / updates, 1e3 * (ended - began) / updates
+    [trained] = agents
+    trained.step = trained.steps  # whose operations can be counted
     with FlopCounterMode(display=False) as counter:
-        eager_update(agents[0])
+        trained.learn(1.0)
     floor = 1e3 * counter.get_total_flops() / rate()
     return {"gradient": gradient, "whole": whole, "floor": floor}
-
-
-def eager_update(agent: Any) -> None:
-    """One more update whose operations can be counted."""
-    for step in vars(agent).values():
-        if hasattr(step, "_step"):
-            step._step = step.step
-    agent.learn(1.0)
 
 
 def rate(size: int = 256, rounds: int = 300) -> float:

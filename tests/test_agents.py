@@ -1120,7 +1120,6 @@ def test_compiled_equals_eager_and_compiles_once(cls: type, world: str) -> None:
     keys = {"norm_obs": True, "learning_rate": 1e-3, "num_minibatches": 2} if cls is PPOConfig else {}
     if cls not in (DDPGConfig, SACConfig):
         keys = {**keys, "num_steps": 32}
-    steps = {DDPGConfig: 2, SACConfig: 3}.get(cls, 1)  # gradient steps, each a graph
     eager, compiled = make(cls, keys, world), make(cls, keys, world, compiled=True)
     for i in range(10):
         rollout = play(eager, world, seed=i)
@@ -1131,6 +1130,6 @@ def test_compiled_equals_eager_and_compiles_once(cls: type, world: str) -> None:
             graphs = dynamo.utils.counters["stats"]["unique_graphs"]
         for name, value in expected.items():
             torch.testing.assert_close(metrics[name], value, rtol=2e-3, atol=1e-4, msg=f"{name} of update {i}")
-    assert dynamo.utils.counters["stats"]["unique_graphs"] == graphs == steps
+    assert dynamo.utils.counters["stats"]["unique_graphs"] == graphs == 1
     torch.testing.assert_close(weights(compiled), weights(eager), rtol=1e-3, atol=2e-4)
     assert math.isfinite(weights(compiled).sum())

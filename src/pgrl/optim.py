@@ -8,7 +8,7 @@ Gradients, moments and parameters are flat vectors: an optimiser is a handful of
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -143,8 +143,9 @@ class GradientStep:
         )
 
     def __call__(self, batch: Any, lr: Tensor, scalars: Any) -> tuple[Tensor, ...]:
-        for group in self._groups:
-            group.check()
+        if not torch.compiler.is_compiling():  # as part of a larger graph
+            for group in self._groups:
+                group.check()
         return self._step(batch, lr, scalars)
 
     @property
@@ -180,7 +181,11 @@ class GradientStep:
                 tensor.copy_(state[str(i)][name])
 
 
-def compile_step(step: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def compile_step(step: Callable[P, T]) -> Callable[P, T]:
     """`step` as one graph, differentiated and fused by inductor."""
     import torch._dynamo.config as dynamo
 

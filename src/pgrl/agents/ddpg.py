@@ -30,6 +30,7 @@ from pgrl.agents.off_policy import (
 )
 from pgrl.data import NoiseStream, Transition
 from pgrl.errors import UserError
+from pgrl.optim import compile_step
 from pgrl.q_networks import Critics, DeterministicPolicy
 
 
@@ -72,8 +73,9 @@ class DDPG(Agent):
         self.updates = torch.zeros((), dtype=torch.int64)
 
         self.critic_lr, self.actor_lr = torch.tensor([config.critic_lr, config.actor_lr], device=device).unbind()
-        self.critic_step = gradient_step(config, setting, self.critic_loss, self.critics)
-        self.actor_step = gradient_step(config, setting, self.actor_loss, self.net)
+        self.critic_step = gradient_step(config, self.critic_loss, self.critics)
+        self.actor_step = gradient_step(config, self.actor_loss, self.net)
+        self.step = compile_step(self.steps) if setting.compiled else self.steps
         self.target_policy = Target(self.target_net, self.actor_step.whole)
         self.target_q = Target(self.target_critics, self.critic_step.whole)
 
@@ -105,18 +107,24 @@ class DDPG(Agent):
         config = self.config
         draws = None if config.target_noise is None else self.draws
         batch, index = draw(config, self.buffer, self.obs_norm, self.net, draws, progress)
-        qf_loss, qf_values, td_error, grad_norm = self.critic_step(batch, self.critic_lr, ())
-        if config.per_alpha is not None:
-            self.buffer.update_priorities(index, td_error)
-        metrics = {"losses/qf_loss": qf_loss, "losses/qf_values": qf_values, "losses/qf_grad_norm": grad_norm}
         self.updates += 1
-        if int(self.updates) % config.policy_delay == 0:
-            metrics["losses/actor_loss"], metrics["losses/actor_grad_norm"] = self.actor_step(
-                batch.obs, self.actor_lr, ()
-            )
+        turn = int(self.updates) % config.policy_delay == 0
+        metrics, td_error = self.step(batch, turn)
+        if turn:
             self.target_policy.follow(config.tau)
             self.target_q.follow(config.tau)
+        if config.per_alpha is not None:
+            self.buffer.update_priorities(index, td_error)
         return metrics
+
+    def steps(self, batch: CriticBatch, policy: bool) -> tuple[dict[str, Tensor], Tensor]:
+        """The gradient steps on a batch, with the policy's or without it: metrics, and TD errors [N]."""
+        qf_loss, qf_values, td_error, grad_norm = self.critic_step(batch, self.critic_lr, ())
+        metrics = {"losses/qf_loss": qf_loss, "losses/qf_values": qf_values, "losses/qf_grad_norm": grad_norm}
+        if policy:
+            actor_loss, grad_norm = self.actor_step(batch.obs, self.actor_lr, ())
+            metrics |= {"losses/actor_loss": actor_loss, "losses/actor_grad_norm": grad_norm}
+        return metrics, td_error
 
     def critic_loss(self, batch: CriticBatch, _: tuple[()]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The Bellman error of the critics, algorithm 1, summed; metrics: itself, mean Q, and TD errors [N]."""

@@ -116,10 +116,9 @@ def draw(
     return CriticBatch(obs, action, sample.reward, next_obs, sample.discount, sample.weight, noise), sample.index
 
 
-def gradient_step(config: OffPolicyConfig, setting: Setting, loss: Loss, net: nn.Module) -> GradientStep:
-    """Adam's step on `loss` for all parameters of `net`."""
-    groups = [(list(net.parameters()), 1.0)]
-    return GradientStep(loss, groups, Adam, max_grad_norm=config.max_grad_norm, compiled=setting.compiled)
+def gradient_step(config: OffPolicyConfig, loss: Loss, net: nn.Module) -> GradientStep:
+    """Adam's step on `loss` for all parameters of `net`; not compiled by itself, for it is a part of a larger graph."""
+    return GradientStep(loss, [(list(net.parameters()), 1.0)], Adam, max_grad_norm=config.max_grad_norm)
 
 
 def random_actions(space: spaces.Space[Any], num_envs: int, generator: Generator) -> Tensor:

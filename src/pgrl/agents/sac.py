@@ -35,6 +35,7 @@ from pgrl.data import NoiseStream, Transition
 from pgrl.distributions import Categorical, SquashedGaussian
 from pgrl.errors import UserError
 from pgrl.networks import Policy, PolicyConfig
+from pgrl.optim import compile_step
 from pgrl.q_networks import Critics
 
 
@@ -93,9 +94,10 @@ class SAC(Agent):
 
         rates = torch.tensor([config.critic_lr, config.actor_lr, config.alpha_lr], device=device)
         self.critic_lr, self.actor_lr, self.alpha_lr = rates.unbind()
-        self.critic_step = gradient_step(config, setting, self.critic_loss, self.critics)
-        self.actor_step = gradient_step(config, setting, self.actor_loss, self.net)
-        self.temperature_step = gradient_step(config, setting, self.temperature_loss, self.temperature)
+        self.critic_step = gradient_step(config, self.critic_loss, self.critics)
+        self.actor_step = gradient_step(config, self.actor_loss, self.net)
+        self.temperature_step = gradient_step(config, self.temperature_loss, self.temperature)
+        self.step = compile_step(self.steps) if setting.compiled else self.steps
         self.target = Target(self.target_critics, self.critic_step.whole)
 
     def act(self, obs: Tensor, explore: bool = True) -> Tensor:
@@ -115,23 +117,29 @@ class SAC(Agent):
     def learn(self, progress: float) -> dict[str, Tensor]:
         """One gradient step of the critics, and of the policy and the temperature when it is their turn."""
         config = self.config
-        with torch.no_grad():
-            alpha = self.temperature()
         batch, index = draw(config, self.buffer, self.obs_norm, self.net, self.draws, progress)
-        qf_loss, qf_values, td_error, grad_norm = self.critic_step(batch, self.critic_lr, alpha)
+        self.updates += 1
+        turn = int(self.updates) % config.policy_delay == 0
+        noise = self.net.noise((config.batch_size,), self.draws) if turn else None
+        metrics, td_error = self.step(batch, noise)
+        self.target.follow(config.tau)
         if config.per_alpha is not None:
             self.buffer.update_priorities(index, td_error)
+        return metrics
+
+    def steps(self, batch: CriticBatch, noise: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
+        """The gradient steps on a batch, the policy's with `noise`: metrics, and TD errors [N]."""
+        with torch.no_grad():
+            alpha = self.temperature.forward()
+        qf_loss, qf_values, td_error, grad_norm = self.critic_step(batch, self.critic_lr, alpha)
         metrics = {"losses/qf_loss": qf_loss, "losses/qf_values": qf_values, "losses/qf_grad_norm": grad_norm}
-        self.target.follow(config.tau)
-        self.updates += 1
-        if int(self.updates) % config.policy_delay == 0:
-            actor_batch = ActorBatch(batch.obs, self.net.noise((config.batch_size,), self.draws))
-            actor_loss, entropy, grad_norm = self.actor_step(actor_batch, self.actor_lr, alpha)
+        if noise is not None:
+            actor_loss, entropy, grad_norm = self.actor_step(ActorBatch(batch.obs, noise), self.actor_lr, alpha)
             metrics |= {"losses/actor_loss": actor_loss, "losses/entropy": entropy, "losses/alpha": alpha}
             metrics["losses/actor_grad_norm"] = grad_norm
-            if config.alpha is None:
+            if self.config.alpha is None:
                 metrics["losses/alpha_loss"], _ = self.temperature_step(entropy, self.alpha_lr, ())
-        return metrics
+        return metrics, td_error
 
     def critic_loss(self, batch: CriticBatch, alpha: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The soft Bellman error of both critics, equations 5 and 6, summed; metrics: itself, mean Q, TD errors [N].
