@@ -1022,6 +1022,7 @@ FLIPS: dict[type, dict[str, Flip]] = {
         "alpha_init": flip(0.1),
         "alpha_lr": flip(0.1),
         "target_entropy": flip(1.0),
+        "noise_correlation": flip(0.9),
     },
     DPGConfig: {
         "gamma": flip(0.5, 1.0),

@@ -79,6 +79,7 @@ WRONG = [
         "cannot hold algo.n_step=50",
     ),
     ("algo=ddpg env=Pendulum-v1 algo.noise=ou algo.num_steps=2", "algo.noise=ou", "seen after a rollout"),
+    ("algo=sac env=Pendulum-v1 algo.noise_correlation=1", "algo.noise_correlation=1.0", "in [0, 1)"),
     ("algo=sac env=Pendulum-v1 algo.tau=0", "algo.tau=0.0", "above 0"),
     ("algo=ddpg env=Pendulum-v1 algo.noise=white", "algo.noise=white", "must be gaussian or ou"),
     # asynchronous workers

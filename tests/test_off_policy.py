@@ -336,6 +336,22 @@ def test_coloured_noise_drifts_and_begins_anew() -> None:
     assert torch.equal(agent.drift[0], torch.zeros(2)) and torch.equal(agent.drift[1], before[1])
 
 
+def test_correlated_noise_is_as_large_and_remembers() -> None:
+    """Standard normal at each step, with the correlation asked for between one and the next (Eberhard et al. 2023)."""
+    agent = make(SACConfig, noise_correlation=0.9)
+    noise = torch.stack([agent.next_noise(2).clone() for _ in range(40_000)])[100:]
+    assert noise.mean() == pytest.approx(0.0, abs=0.05) and noise.std() == pytest.approx(1.0, abs=0.03)
+    for lag, expected in ((1, 0.9), (2, 0.81), (30, 0.04)):
+        assert (noise[lag:] * noise[:-lag]).mean() == pytest.approx(expected, abs=0.05)
+    assert (noise[..., 0] * noise[..., 1]).mean() == pytest.approx(0.0, abs=0.05)
+    assert agent.next_noise(5).shape == (5, 2)  # as an agent that was loaded may be asked
+
+
+def test_correlated_noise_is_for_continuous_actions() -> None:
+    with pytest.raises(UserError, match="algo.noise_correlation=0.5 is for continuous actions"):
+        make(SACConfig, CHOICE, noise_correlation=0.5)
+
+
 @pytest.mark.parametrize("cls", [SACConfig, DDPGConfig])
 def test_priorities_follow_the_errors(cls: type) -> None:
     """The mean over critics of |Q - target|, before the step."""

@@ -72,7 +72,7 @@ class DDPG(Agent):
         self.drift = torch.zeros(setting.num_envs, self.net.actions, device=device)  # the state of noise=ou
         self.updates = torch.zeros((), dtype=torch.int64)
 
-        self.critic_lr, self.actor_lr = torch.tensor([config.critic_lr, config.actor_lr], device=device).unbind()
+        self.lr = torch.tensor([config.critic_lr, config.actor_lr], device=device).unbind()
         self.critic_step = gradient_step(config, self.critic_loss, self.critics)
         self.actor_step = gradient_step(config, self.actor_loss, self.net)
         self.step = compile_step(self.steps) if setting.compiled else self.steps
@@ -119,10 +119,11 @@ class DDPG(Agent):
 
     def steps(self, batch: CriticBatch, policy: bool) -> tuple[dict[str, Tensor], Tensor]:
         """The gradient steps on a batch, with the policy's or without it: metrics, and TD errors [N]."""
-        qf_loss, qf_values, td_error, grad_norm = self.critic_step(batch, self.critic_lr, ())
+        critic_lr, actor_lr = self.lr
+        qf_loss, qf_values, td_error, grad_norm = self.critic_step(batch, critic_lr, ())
         metrics = {"losses/qf_loss": qf_loss, "losses/qf_values": qf_values, "losses/qf_grad_norm": grad_norm}
         if policy:
-            actor_loss, grad_norm = self.actor_step(batch.obs, self.actor_lr, ())
+            actor_loss, grad_norm = self.actor_step(batch.obs, actor_lr, ())
             metrics |= {"losses/actor_loss": actor_loss, "losses/actor_grad_norm": grad_norm}
         return metrics, td_error
 

@@ -45,6 +45,7 @@ class SACConfig(OffPolicyConfig):
 
     actor_lr: float = 3e-4  # Adam's
     critic_lr: float = 3e-4
+    noise_correlation: float = 0.0  # between successive actions' noise, in [0, 1); far-reaching exploration above 0
     policy_delay: int = 1  # the policy and the temperature learn at every n-th gradient step; Fujimoto et al. 2018
     alpha: float | None = None  # temperature; null: learnt, so that the entropy is target_entropy; equation 18
     alpha_init: float = 1.0  # where learning it begins
@@ -77,7 +78,7 @@ class SAC(Agent):
 
     def __init__(self, config: SACConfig, setting: Setting) -> None:
         obs_space, action_space, device = setting.obs_space, setting.action_space, setting.device
-        check_actions(action_space)
+        check_actions(action_space, config)
         self.config, self.num_steps, self.action_space = config, config.num_steps, action_space
         kind = PolicyConfig(distribution="squashed", state_dependent_std=True)
         self.net = Policy(obs_space, action_space, config.network, kind).to(device)
@@ -88,12 +89,12 @@ class SAC(Agent):
         self.obs_norm = make_obs_norm(config, setting)
         self.buffer = make_buffer(config, setting)
         self.noise = NoiseStream(self.net.noise, NOISE_STEPS, generator(setting.seed, 0, device))
+        self.drift = torch.zeros(setting.num_envs, self.net.actions, device=device)  # the noise of noise_correlation
         self.random = generator(setting.seed, 1, device)  # the first actions
         self.draws = generator(setting.seed, 2, device)  # the actions inside updates
         self.updates = torch.zeros((), dtype=torch.int64)
 
-        rates = torch.tensor([config.critic_lr, config.actor_lr, config.alpha_lr], device=device)
-        self.critic_lr, self.actor_lr, self.alpha_lr = rates.unbind()
+        self.lr = torch.tensor([config.critic_lr, config.actor_lr, config.alpha_lr], device=device).unbind()
         self.critic_step = gradient_step(config, self.critic_loss, self.critics)
         self.actor_step = gradient_step(config, self.actor_loss, self.net)
         self.temperature_step = gradient_step(config, self.temperature_loss, self.temperature)
@@ -104,7 +105,16 @@ class SAC(Agent):
         if explore and self.buffer.count < self.config.learning_starts:
             return random_actions(self.action_space, len(obs), self.random)
         obs = obs if self.obs_norm is None else self.obs_norm(obs)
-        return self.net.sample(obs, self.noise.next(len(obs))) if explore else self.net.mode(obs)
+        return self.net.sample(obs, self.next_noise(len(obs))) if explore else self.net.mode(obs)
+
+    def next_noise(self, num_envs: int) -> Tensor:
+        """Noise for actions: standard normal; with `noise_correlation` an autoregressive process of that variance."""
+        noise, correlation = self.noise.next(num_envs), self.config.noise_correlation
+        if not correlation:
+            return noise
+        if num_envs != len(self.drift):  # other envs than those of training
+            self.drift = torch.zeros_like(noise)
+        return self.drift.mul_(correlation).add_(noise, alpha=math.sqrt(1.0 - correlation**2))
 
     def update(self, rollout: Transition, progress: float) -> dict[str, Tensor]:
         self.buffer.add(rollout)
@@ -129,16 +139,17 @@ class SAC(Agent):
 
     def steps(self, batch: CriticBatch, noise: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
         """The gradient steps on a batch, the policy's with `noise`: metrics, and TD errors [N]."""
+        critic_lr, actor_lr, alpha_lr = self.lr
         with torch.no_grad():
             alpha = self.temperature.forward()
-        qf_loss, qf_values, td_error, grad_norm = self.critic_step(batch, self.critic_lr, alpha)
+        qf_loss, qf_values, td_error, grad_norm = self.critic_step(batch, critic_lr, alpha)
         metrics = {"losses/qf_loss": qf_loss, "losses/qf_values": qf_values, "losses/qf_grad_norm": grad_norm}
         if noise is not None:
-            actor_loss, entropy, grad_norm = self.actor_step(ActorBatch(batch.obs, noise), self.actor_lr, alpha)
+            actor_loss, entropy, grad_norm = self.actor_step(ActorBatch(batch.obs, noise), actor_lr, alpha)
             metrics |= {"losses/actor_loss": actor_loss, "losses/entropy": entropy, "losses/alpha": alpha}
             metrics["losses/actor_grad_norm"] = grad_norm
             if self.config.alpha is None:
-                metrics["losses/alpha_loss"], _ = self.temperature_step(entropy, self.alpha_lr, ())
+                metrics["losses/alpha_loss"], _ = self.temperature_step(entropy, alpha_lr, ())
         return metrics, td_error
 
     def critic_loss(self, batch: CriticBatch, alpha: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -189,9 +200,14 @@ def usual(space: spaces.Space[Any]) -> float:
     return -float(math.prod(space.shape or ()))
 
 
-def check_actions(space: spaces.Space[Any]) -> None:
+def check_actions(space: spaces.Space[Any], config: SACConfig) -> None:
     """UserError unless the policy can be uniform over the actions: a bounded Box, or Discrete."""
     if isinstance(space, spaces.Discrete):
+        if config.noise_correlation:
+            raise UserError(
+                f"algo.noise_correlation={config.noise_correlation:g} is for continuous actions, but this env's are "
+                f"{space}.\nUse: algo.noise_correlation=0"
+            )
         return
     if not isinstance(space, spaces.Box):
         raise UserError(f"algo=sac needs Box or Discrete actions, but this env's are {space}.\nUse: algo=ppo")

@@ -129,7 +129,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("damping", "cg_tolerance", "accept_ratio"), Rule(lambda x: x >= 0, "must not be negative")),
     "fisher_fraction": Rule(lambda x: 0 < x <= 1, "must be above 0, and at most 1"),
     "backtrack_factor": Rule(lambda x: 0 < x < 1, "must be above 0 and below 1"),
-    "rms_prop_alpha": Rule(lambda x: 0 <= x < 1, "must be in [0, 1)"),
+    **dict.fromkeys(("rms_prop_alpha", "noise_correlation"), Rule(lambda x: 0 <= x < 1, "must be in [0, 1)")),
     "vf_coef": Rule(lambda x: x >= 0, "must not be negative"),
     "dual_clip": Rule(lambda x: x > 1, "must be above 1"),
     "seed": Rule(lambda x: 0 <= x < 2**63, "must be from 0 to 2^63 - 1"),
