@@ -273,8 +273,6 @@ def measure_peer(workload: Workload, seed: int, threads: int, folder: Path) -> d
 
     del folder  # it writes nothing
     torch.set_num_threads(threads)
-    if hasattr(os, "sched_setaffinity"):  # the only way to tell JAX
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     gradient_steps = 0
 
     def count(*_: object) -> None:
@@ -410,6 +408,8 @@ def child_main(side: str, name: str, iterations: str, seed: str, threads: str, f
     if side == "start":
         first_step(workload, float(at), Path(folder))
         return
+    if hasattr(os, "sched_setaffinity"):  # the only way to tell JAX, and the same for all
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-int(threads) :])
     peer = measure_tianshou if workload.peer.startswith("tianshou") else measure_peer
     measure = measure_pgrl if side == "pgrl" else peer
     print(json.dumps(measure(workload, int(seed), int(threads), Path(folder))))
@@ -422,8 +422,9 @@ def order(pairs: int) -> list[tuple[str, str]]:
 
 def better_threads(workload: Workload, side: str) -> int:
     """One thread or all cores, whichever this side is faster with."""
-    cores = os.cpu_count() or 1
-    return max({1, cores}, key=lambda threads: child(side, workload, 0, threads)["sps"])
+    from pgrl.processor import cores
+
+    return max({1, cores()}, key=lambda threads: child(side, workload, 0, threads)["sps"])
 
 
 def compare(workload: Workload, pairs: int, threads: Mapping[str, int]) -> list[dict[str, dict[str, float]]]:

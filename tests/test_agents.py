@@ -1110,27 +1110,34 @@ def test_off_is_the_limit_of_on(keys: dict[str, Any], same: dict[str, Any]) -> N
 
 @pytest.mark.slow  # the compiler takes most of a minute
 @pytest.mark.parametrize("world", ["box", "discrete"])
-@pytest.mark.parametrize("cls", [PPOConfig, A2CConfig, TRPOConfig, DDPGConfig, SACConfig])
-def test_compiled_equals_eager_and_compiles_once(cls: type, world: str) -> None:
+@pytest.mark.parametrize(
+    ("cls", "keys"),
+    [
+        (PPOConfig, {"norm_obs": True, "learning_rate": 1e-3, "num_minibatches": 2, "num_steps": 32}),
+        (A2CConfig, {"num_steps": 32}),
+        (TRPOConfig, {"num_steps": 32}),
+        (DDPGConfig, {}),
+        (DDPGConfig, EVERYTHING[DDPGConfig]),
+        (SACConfig, {}),
+        (SACConfig, EVERYTHING[SACConfig]),
+    ],
+)
+def test_compiled_equals_eager_and_compiles_once(cls: type, keys: dict[str, Any], world: str) -> None:
     import torch._dynamo as dynamo
 
     if not takes(cls, world):
         pytest.skip("needs continuous actions")
     dynamo.reset()
     dynamo.utils.counters.clear()
-    keys = {"norm_obs": True, "learning_rate": 1e-3, "num_minibatches": 2} if cls is PPOConfig else {}
-    if cls not in (DDPGConfig, SACConfig):
-        keys = {**keys, "num_steps": 32}
+    graphs = 1 if keys.get("policy_delay", 1) == 1 else 2  # without the policy's step, and with it
     eager, compiled = make(cls, keys, world), make(cls, keys, world, compiled=True)
     for i in range(10):
         rollout = play(eager, world, seed=i)
         expected = eager.update(rollout, i / 10)
-        with dynamo.config.patch(error_on_recompile=i > 0):
+        with dynamo.config.patch(error_on_recompile=i > 3):
             metrics = compiled.update(rollout, i / 10)
-        if i == 0:
-            graphs = dynamo.utils.counters["stats"]["unique_graphs"]
         for name, value in expected.items():
             torch.testing.assert_close(metrics[name], value, rtol=2e-3, atol=1e-4, msg=f"{name} of update {i}")
-    assert dynamo.utils.counters["stats"]["unique_graphs"] == graphs == 1
+    assert dynamo.utils.counters["stats"]["unique_graphs"] == graphs
     torch.testing.assert_close(weights(compiled), weights(eager), rtol=1e-3, atol=2e-4)
     assert math.isfinite(weights(compiled).sum())

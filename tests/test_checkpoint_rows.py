@@ -480,6 +480,27 @@ def test_a_buffer_that_does_not_fit_is_refused_before_it_is_made(
     assert needed is not None and 0.5e9 < needed <= 1e9
 
 
+def test_what_is_proposed_in_its_place_is_a_command_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pgrl.config import compose
+
+    words = ["algo=sac", "env=HalfCheetah-v4", "tuned=null"]
+    options = compose(words)
+    env = make_vec(options.env, 1, 1)
+    for free, proposed in ((10**8, 1), (10**6, 2), (5 * 10**4, 2), (10**4, 0)):
+        monkeypatch.setattr(memory, "available", lambda free=free: free)
+        with pytest.raises(UserError) as caught:
+            runs.refuse_too_large(options, env)
+        use = str(caught.value).split("Use: ")[1]
+        if not proposed:
+            assert (
+                use == "a machine with more memory: a buffer of 256 transitions is the least that these settings need"
+            )
+            continue
+        assert len(use.split()) == proposed
+        runs.refuse_too_large(compose([*words, *use.split(), "total_timesteps=20000"]), env)
+    env.close()
+
+
 def test_runs_without_a_buffer_have_no_size() -> None:
     options = SimpleNamespace(algo=SimpleNamespace(gamma=0.9))
     assert runs.replay_bytes(options, None) is None  # type: ignore[arg-type]

@@ -292,7 +292,8 @@ def test_every_parameter_learns(action: spaces.Space[Any], layer_norm: bool) -> 
 
 def test_the_temperature_seeks_its_entropy() -> None:
     for target, rises in ((-50.0, False), (50.0, True)):
-        agent = make(SACConfig, alpha_lr=1e-2, target_entropy=target)
+        agent = make(SACConfig, alpha_lr=1e-2)
+        agent.target_entropy = target
         metrics = play(agent, 60)
         alphas = [float(row["losses/alpha"]) for row in metrics if "losses/alpha" in row]
         assert (alphas[-1] > alphas[0]) == rises and alphas == sorted(alphas, reverse=not rises)
@@ -302,6 +303,14 @@ def test_the_temperature_seeks_its_entropy() -> None:
 def test_the_usual_target_entropies() -> None:
     assert make(SACConfig).target_entropy == -2.0
     assert make(SACConfig, CHOICE).target_entropy == pytest.approx(0.98 * math.log(3))
+
+
+@pytest.mark.parametrize(("space", "largest"), [(BOX, 2 * math.log(2)), (CHOICE, math.log(3))])
+def test_an_entropy_out_of_reach_is_refused(space: spaces.Space[Any], largest: float) -> None:
+    assert make(SACConfig, space, target_entropy=largest - 1e-3)
+    assert make(SACConfig, space, target_entropy=largest + 1.0, alpha=0.1)  # which nothing asks for
+    with pytest.raises(UserError, match=f"never reached: .* {largest:.3g} nats.\nUse: algo.target_entropy="):
+        make(SACConfig, space, target_entropy=largest)
 
 
 def test_a_delayed_policy_learns_at_every_nth_step() -> None:
@@ -339,12 +348,15 @@ def test_coloured_noise_drifts_and_begins_anew() -> None:
 def test_correlated_noise_is_as_large_and_remembers() -> None:
     """Standard normal at each step, with the correlation asked for between one and the next (Eberhard et al. 2023)."""
     agent = make(SACConfig, noise_correlation=0.9)
-    noise = torch.stack([agent.next_noise(2).clone() for _ in range(40_000)])[100:]
+    others = [make(SACConfig, seed=seed, noise_correlation=0.9) for seed in range(300)]
+    first = torch.stack([other.next_noise(ENVS).clone() for other in others])
+    assert first.mean() == pytest.approx(0.0, abs=0.1) and first.std() == pytest.approx(1.0, abs=0.1)
+    noise = torch.stack([agent.next_noise(ENVS).clone() for _ in range(40_000)])
     assert noise.mean() == pytest.approx(0.0, abs=0.05) and noise.std() == pytest.approx(1.0, abs=0.03)
     for lag, expected in ((1, 0.9), (2, 0.81), (30, 0.04)):
         assert (noise[lag:] * noise[:-lag]).mean() == pytest.approx(expected, abs=0.05)
     assert (noise[..., 0] * noise[..., 1]).mean() == pytest.approx(0.0, abs=0.05)
-    assert agent.next_noise(5).shape == (5, 2)  # as an agent that was loaded may be asked
+    assert agent.next_noise(500).std() == pytest.approx(1.0, abs=0.1)  # as an agent that was loaded may be asked
 
 
 def test_correlated_noise_is_for_continuous_actions() -> None:
@@ -378,6 +390,16 @@ def test_priorities_follow_the_errors(cls: type) -> None:
     torch.testing.assert_close(told[0], expected[0])
 
 
+def test_importance_weights_grow_to_their_full_power() -> None:
+    agent, betas = make(SACConfig, per_alpha=0.6, per_beta=0.4), []
+    play(agent, 20)
+    sample = agent.buffer.sample
+    agent.buffer.sample = lambda size, beta: (betas.append(beta), sample(size, beta))[1]
+    for progress in (0.0, 0.5, 1.0):
+        agent.learn(progress)
+    assert betas == pytest.approx([0.4, 0.7, 1.0])
+
+
 @pytest.mark.parametrize("cls", [SACConfig, DDPGConfig])
 def test_batches_are_normalised_by_statistics_that_change_last(cls: type) -> None:
     agent = make(cls, norm_obs=True, clip_obs=0.7)
@@ -385,6 +407,7 @@ def test_batches_are_normalised_by_statistics_that_change_last(cls: type) -> Non
     sample, samples, counts = agent.buffer.sample, [], []
 
     def sampled(*args: Any) -> Any:
+        assert args == (16, 0.4)
         samples.append(sample(*args))
         counts.append(float(agent.obs_norm.count))
         return samples[-1]
@@ -396,6 +419,8 @@ def test_batches_are_normalised_by_statistics_that_change_last(cls: type) -> Non
     for found, before in ((batch.obs, raw.obs), (batch.next_obs, raw.next_obs)):
         assert torch.equal(found, norm(before)) and not torch.equal(found, before)
     assert batch.obs.abs().max() == pytest.approx(0.7)
+    low, high = torch.tensor(BOX.low), torch.tensor(BOX.high)
+    torch.testing.assert_close(batch.action, (raw.action - (low + high) / 2) / ((high - low) / 2))
     counts.clear()
     play(agent, 1)
     assert counts == [40.0, 40.0] and agent.obs_norm.count == 42  # two gradient steps, then the two new rows

@@ -31,9 +31,20 @@ def test_threads_follow_the_networks() -> None:
     set_up(LARGE - 1, CPU)
     assert torch.get_num_threads() == 1
     set_up(LARGE, CPU)
-    assert torch.get_num_threads() == os.cpu_count()
+    assert torch.get_num_threads() == processor.cores()
     set_up(LARGE, CPU, threads=1)
     assert torch.get_num_threads() == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores cannot be chosen here")
+def test_cores_are_those_that_the_process_may_use() -> None:
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(before)})
+        assert processor.cores() == 1
+    finally:
+        os.sched_setaffinity(0, before)
+    assert processor.cores() == len(before)
 
 
 def test_large_networks_multiply_in_single_precision() -> None:

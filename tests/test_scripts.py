@@ -313,7 +313,7 @@ def test_pairs_alternate_and_unequal_work_is_refused(monkeypatch: pytest.MonkeyP
 
 
 def test_each_side_has_the_threads_that_it_is_faster_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_peers.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr("pgrl.processor.cores", lambda: 4)
     speeds = {("pgrl", 1): 100, ("pgrl", 4): 300, ("peer", 1): 100, ("peer", 4): 50}
     monkeypatch.setattr(bench_peers, "child", lambda side, _, __, threads: measurement(speeds[side, threads]))
     assert [bench_peers.better_threads(bench_peers.WORKLOADS[0], side) for side in ("pgrl", "peer")] == [4, 1]

@@ -191,8 +191,15 @@ def test_a_checkpoint_that_lacks_something_is_one_clear_screen(tmp_path: Path) -
     step, state = checkpoint.load_newest(run_dir, pytest.fail)
     del state["record"]["recent"]  # as if this pgrl had begun to keep it
     checkpoint.save(run_dir, step + 1, state)
-    with pytest.raises(UserError, match="made by pgrl .* has no 'recent', which this pgrl, .*, needs(.|\n)*new run"):
+    with pytest.raises(
+        UserError, match="made by an earlier state of pgrl .* has no 'recent', which this(.|\n)*new run"
+    ):
         pgrl.run([f"resume={run_dir}", "total_timesteps=2000"])
+    del state["agent"]["net"]
+    state["made_with"]["pgrl"] = "0.0.1"
+    checkpoint.save(run_dir, step + 2, state)
+    with pytest.raises(UserError, match="made by pgrl 0.0.1 and has no 'net'"):
+        pgrl.load(run_dir)
 
 
 def test_due() -> None:
@@ -258,10 +265,13 @@ def test_signal_waits_for_protected_work() -> None:
 LEARNS = {
     "ppo": ["algo=ppo", "env=CartPole-v1", "total_timesteps=30000"],
     "a2c": ["algo=a2c", "env=CartPole-v1", "total_timesteps=40000"],
+    "sac": ["algo=sac", "env=CartPole-v1", "total_timesteps=6000"],
+    "ddpg": ["algo=ddpg", "env=Pendulum-v1", "total_timesteps=5000", "algo.network.hidden_sizes=[64,64]"],
 }
+ABOVE = {"ddpg": -1000.0}  # random actions earn about -1200
 
 
 @pytest.mark.parametrize("algo", list(LEARNS))
 def test_learns(algo: str, tmp_path: Path) -> None:
     run_dir = run(tmp_path, "run", *LEARNS[algo], "seed=1")
-    assert read_rows(run_dir)[-1]["charts/episodic_return_100"] > 100
+    assert read_rows(run_dir)[-1]["charts/episodic_return"] > ABOVE.get(algo, 100.0)

@@ -27,7 +27,7 @@ from pgrl.agents import Agent
 from pgrl.config import EvaluateConfig, RunConfig
 from pgrl.envs import EnvConfig, make_vec
 from pgrl.errors import CheckpointError
-from pgrl.runs import make_agent, set_up
+from pgrl.runs import make_agent, of_another_version, set_up
 
 MAX_ENVS = 32
 LONGEST = 10_000  # steps of an episode of an env that has no time limit
@@ -119,7 +119,10 @@ def load(run_dir: Path, which: str = "last") -> tuple[Agent, RunConfig, int]:
     env = make_vec(config.env, 1, config.seed)
     agent = make_agent(config, env)
     env.close()
-    agent.load_state_dict(state["agent"])
+    try:
+        agent.load_state_dict(state["agent"])
+    except KeyError as error:
+        raise of_another_version(state, error) from error
     for parameter in agent.parameters():
         parameter.requires_grad_(False)
     return agent, config, step

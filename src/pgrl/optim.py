@@ -190,4 +190,5 @@ def compile_step(step: Callable[P, T]) -> Callable[P, T]:
     import torch._dynamo.config as dynamo
 
     dynamo.trace_autograd_ops = True  # without it torch.autograd.grad breaks the graph
+    dynamo.recompile_limit = dynamo.accumulated_recompile_limit = 10_000  # a sweep's runs share a process
     return torch.compile(step, fullgraph=True, dynamic=False, options={"cpp_wrapper": True})

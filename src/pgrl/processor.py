@@ -25,10 +25,15 @@ def set_up(parameters: int, device: torch.device, threads: int | None = None) ->
     threads: None is one where the matrices are small, for more would only wait for each other, and all cores otherwise.
     """
     large = parameters >= LARGE
-    torch.set_num_threads(threads or (os.cpu_count() or 1 if large else 1))
+    torch.set_num_threads(threads or (cores() if large else 1))
     MATMUL.fp32_precision = "bf16" if large and device.type == "cpu" and onednn_is_faster() else "none"
     if large:
         keep_freed_memory()
+
+
+def cores() -> int:
+    """Those that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def multiplies_with() -> str:

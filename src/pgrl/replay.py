@@ -139,7 +139,9 @@ def strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 class ReplayBuffer:
-    """The last `capacity` transitions of B envs; `add` costs the same for each, `sample` does not wait for anything.
+    """The last `capacity` transitions of B envs; `add` and `sample` cost the same however many are held.
+
+    Both ask whether an episode ended, for which they wait for a GPU.
 
     capacity: transitions over all envs, rounded down to whole times of B. gamma, n_step: of the returns that samples
     come with. generator: draws the samples, and nothing else may draw from it. Memory is taken at the first `add`.

@@ -100,14 +100,20 @@ class Run:
             for name, part in vars(self).items():
                 part.load_state_dict(state[name])
         except KeyError as error:
-            was = state.get("made_with", {}).get("pgrl", "another version")
-            raise CheckpointError(
-                f"the checkpoint was made by pgrl {was} and has no {error}, which this pgrl, {now['pgrl']}, needs.\n"
-                "Go on with that version, or start a new run: python -m pgrl.train"
-            ) from error
+            raise of_another_version(state, error) from error
         changed = [f"{k} was {v}, is {now.get(k)}" for k, v in state["made_with"].items() if v != now.get(k)]
         if changed:
             log.warning("the run goes on, but perhaps not bit for bit: %s", ", ".join(changed))
+
+
+def of_another_version(state: dict[str, Any], missing: KeyError) -> CheckpointError:
+    """What to say of a checkpoint that lacks what this version of pgrl asks for."""
+    was, now = state.get("made_with", {}).get("pgrl", "another version"), versions().get("pgrl")
+    by = f"an earlier state of pgrl {now}" if was == now else f"pgrl {was}"
+    return CheckpointError(
+        f"the checkpoint was made by {by} and has no {missing}, which this pgrl, {now}, needs.\n"
+        "Go on with the code that made it, or start a new run: python -m pgrl.train"
+    )
 
 
 def made_with(agent: Agent) -> dict[str, Any]:
@@ -163,6 +169,11 @@ def build(config: RunConfig) -> Run:
     env = make_vec(config.env, config.num_envs, config.seed)
     try:
         refuse_too_large(config, env)
+        if vars(config.algo).get("norm_obs") and env.obs_space.dtype == "uint8":
+            raise UserError(
+                f"algo.norm_obs=true: the observations of {config.env.id} are images, which are divided by 255 instead."
+                "\nUse: algo.norm_obs=false"
+            )
     except UserError:
         env.close()
         raise
@@ -203,8 +214,13 @@ def refuse_too_large(config: RunConfig, env: VecEnv) -> None:
     while fits > 1 and (replay_bytes(config, env, fits) or 0) > 0.8 * free:
         fits = fits * 4 // 5
     fits = max(1, fits // (unit := 10 ** max(0, len(str(fits)) - 2)) * unit)
-    least = vars(config.algo)["batch_size"]
-    use = f"algo.buffer_size={fits}" if fits >= least else "a machine with more memory: this does not hold one batch"
+    algo: dict[str, Any] = vars(config.algo)
+    least = max(algo["batch_size"], max(algo["num_steps"], algo.get("n_step", 1)) * config.num_envs)  # what checks.py asks for
+    use = f"algo.buffer_size={fits}"
+    if fits < least:
+        use = f"a machine with more memory: a buffer of {least} transitions is the least that these settings need"
+    elif fits < algo.get("learning_starts", 0):
+        use += f" algo.learning_starts={max(algo['batch_size'], fits // 2)}"
     raise UserError(
         f"algo.buffer_size={size}: the replay buffer would take {needed / 1e6:,.0f} MB, "
         f"and {free / 1e6:,.0f} MB {where} are available.\nUse: {use}"

@@ -59,7 +59,7 @@ class ActorBatch(NamedTuple):
     """What the policy learns from, [N, ...] each."""
 
     obs: Tensor
-    noise: Tensor
+    noise: Tensor | None  # None where expectations over actions are sums
 
 
 class Temperature(nn.Module):
@@ -79,6 +79,7 @@ class SAC(Agent):
     def __init__(self, config: SACConfig, setting: Setting) -> None:
         obs_space, action_space, device = setting.obs_space, setting.action_space, setting.device
         check_actions(action_space, config)
+        self.discrete = isinstance(action_space, spaces.Discrete)
         self.config, self.num_steps, self.action_space = config, config.num_steps, action_space
         kind = PolicyConfig(distribution="squashed", state_dependent_std=True)
         self.net = Policy(obs_space, action_space, config.network, kind).to(device)
@@ -89,9 +90,11 @@ class SAC(Agent):
         self.obs_norm = make_obs_norm(config, setting)
         self.buffer = make_buffer(config, setting)
         self.noise = NoiseStream(self.net.noise, NOISE_STEPS, generator(setting.seed, 0, device))
-        self.drift = torch.zeros(setting.num_envs, self.net.actions, device=device)  # the noise of noise_correlation
         self.random = generator(setting.seed, 1, device)  # the first actions
         self.draws = generator(setting.seed, 2, device)  # the actions inside updates
+        self.drift: Tensor | None = None  # the last noise, with noise_correlation; it begins as if it had always been
+        if config.noise_correlation:
+            self.drift = self.net.noise((setting.num_envs,), generator(setting.seed, 4, device))
         self.updates = torch.zeros((), dtype=torch.int64)
 
         self.lr = torch.tensor([config.critic_lr, config.actor_lr, config.alpha_lr], device=device).unbind()
@@ -110,10 +113,11 @@ class SAC(Agent):
     def next_noise(self, num_envs: int) -> Tensor:
         """Noise for actions: standard normal; with `noise_correlation` an autoregressive process of that variance."""
         noise, correlation = self.noise.next(num_envs), self.config.noise_correlation
-        if not correlation:
+        if self.drift is None:
             return noise
         if num_envs != len(self.drift):  # other envs than those of training
-            self.drift = torch.zeros_like(noise)
+            self.drift = noise.clone()
+            return noise
         return self.drift.mul_(correlation).add_(noise, alpha=math.sqrt(1.0 - correlation**2))
 
     def update(self, rollout: Transition, progress: float) -> dict[str, Tensor]:
@@ -127,24 +131,25 @@ class SAC(Agent):
     def learn(self, progress: float) -> dict[str, Tensor]:
         """One gradient step of the critics, and of the policy and the temperature when it is their turn."""
         config = self.config
-        batch, index = draw(config, self.buffer, self.obs_norm, self.net, self.draws, progress)
+        draws = None if self.discrete else self.draws  # expectations over choices are exact
+        batch, index = draw(config, self.buffer, self.obs_norm, self.net, draws, progress)
         self.updates += 1
         turn = int(self.updates) % config.policy_delay == 0
-        noise = self.net.noise((config.batch_size,), self.draws) if turn else None
-        metrics, td_error = self.step(batch, noise)
+        noise = self.net.noise((config.batch_size,), self.draws) if turn and not self.discrete else None
+        metrics, td_error = self.step(batch, noise, turn)
         self.target.follow(config.tau)
         if config.per_alpha is not None:
             self.buffer.update_priorities(index, td_error)
         return metrics
 
-    def steps(self, batch: CriticBatch, noise: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
-        """The gradient steps on a batch, the policy's with `noise`: metrics, and TD errors [N]."""
+    def steps(self, batch: CriticBatch, noise: Tensor | None, policy: bool) -> tuple[dict[str, Tensor], Tensor]:
+        """The gradient steps on a batch, the policy's for actions of `noise` or none: metrics, and TD errors [N]."""
         critic_lr, actor_lr, alpha_lr = self.lr
         with torch.no_grad():
             alpha = self.temperature.forward()
         qf_loss, qf_values, td_error, grad_norm = self.critic_step(batch, critic_lr, alpha)
         metrics = {"losses/qf_loss": qf_loss, "losses/qf_values": qf_values, "losses/qf_grad_norm": grad_norm}
-        if noise is not None:
+        if policy:
             actor_loss, entropy, grad_norm = self.actor_step(ActorBatch(batch.obs, noise), actor_lr, alpha)
             metrics |= {"losses/actor_loss": actor_loss, "losses/entropy": entropy, "losses/alpha": alpha}
             metrics["losses/actor_grad_norm"] = grad_norm
@@ -182,7 +187,7 @@ class SAC(Agent):
                 q = self.critics.forward(batch.obs).amin(0)
             loss = -functional.soft_value(q, log_pi, alpha).mean()
             return loss, (loss, -(log_pi.exp() * log_pi).sum(-1).mean())
-        assert isinstance(policy, SquashedGaussian)
+        assert isinstance(policy, SquashedGaussian) and batch.noise is not None
         action, log_prob = policy.sample_with_log_prob(batch.noise)
         loss = (alpha * log_prob - self.critics.forward(batch.obs, action).amin(0)).mean()
         return loss, (loss, -log_prob.mean())
@@ -193,6 +198,13 @@ class SAC(Agent):
         return loss, (loss,)
 
 
+def largest_entropy(space: spaces.Space[Any]) -> float:
+    """That of uniformly random actions in the policy's units, nats."""
+    if isinstance(space, spaces.Discrete):
+        return math.log(int(space.n))
+    return math.prod(space.shape or ()) * math.log(2.0)
+
+
 def usual(space: spaces.Space[Any]) -> float:
     """The target entropy in nats: Haarnoja et al. 2018, table 1; Christodoulou 2019, section 5."""
     if isinstance(space, spaces.Discrete):
@@ -201,7 +213,14 @@ def usual(space: spaces.Space[Any]) -> float:
 
 
 def check_actions(space: spaces.Space[Any], config: SACConfig) -> None:
-    """UserError unless the policy can be uniform over the actions: a bounded Box, or Discrete."""
+    """UserError unless the policy can be uniform over the actions, a bounded Box or Discrete, and reach its entropy."""
+    if isinstance(space, spaces.Box | spaces.Discrete):
+        target, largest = config.target_entropy, largest_entropy(space)
+        if config.alpha is None and target is not None and target >= largest:
+            raise UserError(
+                f"algo.target_entropy={target:g} is never reached: that of uniformly random actions is {largest:.3g} "
+                f"nats.\nUse: algo.target_entropy={usual(space):.3g}"
+            )
     if isinstance(space, spaces.Discrete):
         if config.noise_correlation:
             raise UserError(
