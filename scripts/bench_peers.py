@@ -390,14 +390,18 @@ def first_step(workload: Workload, started: float, folder: Path) -> None:
 
 
 def child(side: str, workload: Workload, seed: int, threads: int) -> dict[str, float]:
-    """Run one measurement in a fresh process and return what it prints last."""
+    """One measurement in a fresh process."""
     with tempfile.TemporaryDirectory() as folder:
         options = (side, workload.name, workload.iterations, seed, threads, folder, time.time())
-        command = [sys.executable, __file__, "--child", *map(str, options)]
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        return fresh_process([__file__, "--child", *map(str, options)], threads)
+
+
+def fresh_process(arguments: Sequence[str], threads: int) -> dict[str, float]:
+    """What another Python with so many threads prints last, a line of JSON. RuntimeError if it fails."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
     if done.returncode != 0:
-        raise RuntimeError(f"{side} on {workload.name}: exit code {done.returncode}\n{done.stderr[-2000:]}")
+        raise RuntimeError(f"{' '.join(arguments)}: exit code {done.returncode}\n{done.stderr[-2000:]}")
     result: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
     return result
 

@@ -13,9 +13,7 @@ networks: products by oneDNN, where that is faster, and memory that is kept.
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -103,17 +101,6 @@ def rate(size: int = 256, rounds: int = 300) -> float:
     return 2.0 * size**3 / best
 
 
-def child(algo: str, way: str, threads: int, updates: int) -> dict[str, float]:
-    """A measurement in a fresh process."""
-    command = [sys.executable, __file__, "--child", algo, way, str(threads), str(updates)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(f"{algo}, {way}: exit code {done.returncode}\n{done.stderr[-2000:]}")
-    result: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
-    return result
-
-
 def line(algo: str, way: str, threads: int, measured: Sequence[dict[str, float]]) -> str:
     """A row of the table: medians over rounds."""
     gradient, whole, floor = (statistics.median(m[key] for m in measured) for key in ("gradient", "whole", "floor"))
@@ -138,7 +125,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     measured: dict[tuple[str, str, int], list[dict[str, float]]] = {way: [] for way in ways}
     for _ in range(options.rounds):
         for way in ways:
-            measured[way].append(child(*way, options.updates))
+            algo, name, threads = way
+            command = [__file__, "--child", algo, name, str(threads), str(options.updates)]
+            measured[way].append(bench_peers.fresh_process(command, threads))
             print(".", end="", file=sys.stderr, flush=True)
     print(f"\n{bench_peers.processor()}, torch {torch.__version__}, milliseconds, medians of {options.rounds}\n")
     print(

@@ -26,6 +26,7 @@ benchmark: Any = importlib.import_module("benchmark")
 bench_peers: Any = importlib.import_module("bench_peers")
 bench_acting: Any = importlib.import_module("bench_acting")
 bench_fisher: Any = importlib.import_module("bench_fisher")
+bench_updates: Any = importlib.import_module("bench_updates")
 reinforce_baselines: Any = importlib.import_module("reinforce_baselines")
 plot_curves: Any = importlib.import_module("plot_curves")
 
@@ -374,6 +375,26 @@ def test_tables_and_pictures_of_what_was_measured(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------- Fisher, baselines
+
+
+def test_updates_are_measured_in_turns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    asked: list[list[str]] = []
+
+    def fresh_process(arguments: list[str], threads: int) -> dict[str, float]:
+        asked.append(arguments[2:5])
+        return {"gradient": 4.0, "whole": 5.0, "floor": 2.0}
+
+    monkeypatch.setattr(bench_peers, "fresh_process", fresh_process)
+    assert bench_updates.main(["sac", "--threads", "1", "--rounds", "2"]) == 0
+    assert asked == [["sac", way, "1"] for way in bench_updates.WAYS] * 2
+    assert "| sac | eager | 1 | 5.00 | 4.00 | 20.0% | 2.00 | 2.00 |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algo", bench_updates.ALGOS)
+def test_an_update_takes_longer_than_its_floor(algo: str) -> None:
+    measured = bench_peers.fresh_process([bench_updates.__file__, "--child", algo, "eager", "1", "20"], 1)
+    assert 0 < measured["floor"] < measured["gradient"] < measured["whole"]
 
 
 def test_the_bench_of_acting_times_both_ways(capsys: pytest.CaptureFixture[str]) -> None:
