@@ -215,7 +215,7 @@ def refuse_too_large(config: RunConfig, env: VecEnv) -> None:
         fits = fits * 4 // 5
     fits = max(1, fits // (unit := 10 ** max(0, len(str(fits)) - 2)) * unit)
     algo: dict[str, Any] = vars(config.algo)
-    least = max(algo["batch_size"], max(algo["num_steps"], algo.get("n_step", 1)) * config.num_envs)  # what checks.py asks for
+    least = max(algo["batch_size"], max(algo["num_steps"], algo.get("n_step", 1)) * config.num_envs)  # as in checks.py
     use = f"algo.buffer_size={fits}"
     if fits < least:
         use = f"a machine with more memory: a buffer of {least} transitions is the least that these settings need"
