@@ -1,6 +1,7 @@
 """What a process is prepared for: threads, and products that stay in single precision."""
 
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 
@@ -45,6 +46,14 @@ def test_cores_are_those_that_the_process_may_use() -> None:
     finally:
         os.sched_setaffinity(0, before)
     assert processor.cores() == len(before)
+
+
+def test_waiting_threads_give_up_their_core_unless_told_otherwise() -> None:
+    code = "import os, pgrl; print(os.environ['GOMP_SPINCOUNT'])"
+    for given, expected in (({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7")):
+        environment = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"} | given
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == expected
 
 
 def test_large_networks_multiply_in_single_precision() -> None:
