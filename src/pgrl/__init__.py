@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pgrl.agents import Agent
 
-# Read when torch loads GNU's OpenMP: how long a thread that waits for another keeps its core. By default so long that two
-# programs which share the cores all but stop each other.
+# Read when torch loads GNU's OpenMP: how long a thread that waits for another keeps its core. By default that is so
+# long that two programs which share the cores all but stop each other.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 __version__ = "0.1.0"
