@@ -274,4 +274,5 @@ ABOVE = {"ddpg": -1000.0}  # random actions earn about -1200
 @pytest.mark.parametrize("algo", list(LEARNS))
 def test_learns(algo: str, tmp_path: Path) -> None:
     run_dir = run(tmp_path, "run", *LEARNS[algo], "seed=1")
-    assert read_rows(run_dir)[-1]["charts/episodic_return"] > ABOVE.get(algo, 100.0)
+    tag = "charts/episodic_return_100" if algo in ("ppo", "a2c") else "charts/episodic_return"  # of few, long episodes
+    assert read_rows(run_dir)[-1][tag] > ABOVE.get(algo, 100.0)

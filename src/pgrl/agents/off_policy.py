@@ -112,7 +112,7 @@ def draw(
     if obs_norm is not None:
         obs, next_obs = obs_norm(obs), obs_norm(next_obs)
     action = policy.to_policy_units(sample.action)
-    noise = torch.empty(0) if draws is None else policy.noise((config.batch_size,), draws)
+    noise = action.new_empty(0) if draws is None else policy.noise((config.batch_size,), draws)
     return CriticBatch(obs, action, sample.reward, next_obs, sample.discount, sample.weight, noise), sample.index
 
 
