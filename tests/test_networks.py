@@ -75,18 +75,6 @@ def test_mlp_is_its_layers_in_sequence(activation: str) -> None:
     assert torch.equal(mlp(observations()), expected(observations())) and mlp.features == 4
 
 
-def test_mlp_with_layer_norm_is_its_layers_in_sequence() -> None:
-    mlp = MLP([5, 7, 6], "relu", layer_norm=True)
-    assert mlp.norms is not None
-    with torch.no_grad():
-        for norm in mlp.norms:
-            norm.weight.uniform_(generator=seeded(3))
-            norm.bias.uniform_(generator=seeded(4))
-    pairs = zip(mlp.layers, mlp.norms, strict=True)
-    expected = nn.Sequential(*[module for layer, norm in pairs for module in (layer, norm, nn.ReLU())])
-    assert torch.equal(mlp(observations()), expected(observations()))
-
-
 def test_mlp_flattens() -> None:
     mlp = MLP([24, 8], "tanh")
     x = torch.randn(6, 2, 3, 4)

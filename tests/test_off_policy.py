@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import gymnasium.spaces as spaces
@@ -17,6 +18,7 @@ from pgrl.agents import AGENTS, DDPGConfig, SACConfig, Setting
 from pgrl.agents.off_policy import OffPolicyConfig, random_actions, updates_due
 from pgrl.data import Transition
 from pgrl.errors import UserError
+from pgrl.q_networks import Critics
 
 ENVS = 2
 OBS = spaces.Box(-np.inf, np.inf, (3,), np.float32)
@@ -72,14 +74,29 @@ def plain(body: Any, head: nn.Linear, last: nn.Module | None = None) -> nn.Seque
     return nn.Sequential(*layers, copy.deepcopy(head), *([] if last is None else [last]))
 
 
-def plain_q(critic: Any) -> Callable[[Tensor, Tensor], Tensor]:
-    net = plain(critic.body, critic.head)
+def plain_critics(critics: Any) -> list[nn.Sequential]:
+    """Each of them as torch's own modules, with copies of the weights."""
+    nets = []
+    for k in range(critics.count):
+        layers: list[nn.Module] = []
+        for weights, biases in zip(critics.weights, critics.biases, strict=True):
+            layer = nn.Linear(*weights.shape[1:])
+            layer.weight.data, layer.bias.data = weights[k].T.detach().clone(), biases[k, 0].detach().clone()
+            layers += [layer, nn.ReLU()]
+        nets.append(nn.Sequential(*layers[:-1]))
+    return nets
 
-    def q(obs: Tensor, action: Tensor) -> Tensor:
+
+def plain_qs(critics: Any) -> list[Callable[[Tensor, Tensor], Tensor]]:
+    """Q(s, a) of each of them."""
+
+    def q(net: nn.Sequential, obs: Tensor, action: Tensor) -> Tensor:
         return net(torch.cat([obs, action], 1)).squeeze(1)
 
-    q.net = net  # type: ignore[attr-defined]
-    return q
+    qs = [partial(q, net) for net in plain_critics(critics)]
+    for found in qs:
+        found.net = found.args[0]  # type: ignore[attr-defined]
+    return list(qs)
 
 
 def parameters(*nets: Any) -> list[nn.Parameter]:
@@ -87,7 +104,11 @@ def parameters(*nets: Any) -> list[nn.Parameter]:
 
 
 def same(found: Any, *expected: Any) -> None:
-    for p, q in zip(found.parameters(), parameters(*expected), strict=True):
+    pairs = zip(found.parameters(), parameters(*expected), strict=True)
+    if isinstance(found, Critics):
+        nets = plain_critics(found)
+        pairs = zip(parameters(*nets), parameters(*expected), strict=True)
+    for p, q in pairs:
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
 
 
@@ -106,8 +127,8 @@ def test_sac_is_the_paper() -> None:
     play(agent, 16)
     assert agent.updates == 0 and agent.buffer.count == 32  # warm-up just ended: Adam is new on both sides
     policy = plain(agent.net.body, agent.net.policy_head)
-    q1, q2 = (plain_q(critic) for critic in agent.critics.critics)
-    target1, target2 = (plain_q(critic) for critic in agent.target_critics.critics)
+    q1, q2 = plain_qs(agent.critics)
+    target1, target2 = plain_qs(agent.target_critics)
     log_alpha = nn.Parameter(agent.temperature.log.detach().clone())
     optimisers = [torch.optim.Adam(parameters(q1, q2), 1e-2), torch.optim.Adam(policy.parameters(), 1e-2)]
     optimisers.append(torch.optim.Adam([log_alpha], 1e-2))
@@ -154,8 +175,8 @@ def test_discrete_sac_is_the_paper() -> None:
     agent = make(SACConfig, CHOICE, alpha=0.3)
     play(agent, 16)
     policy = plain(agent.net.body, agent.net.policy_head)
-    q1, q2 = (plain(critic.body, critic.head) for critic in agent.critics.critics)
-    t1, t2 = (plain(critic.body, critic.head) for critic in agent.target_critics.critics)
+    q1, q2 = plain_critics(agent.critics)
+    t1, t2 = plain_critics(agent.target_critics)
     (critic, actor) = one_more(agent, "critic_step", "actor_step")
     (batch, _, alpha), (actor_batch, _, _) = critic.calls[0], actor.calls[0]
     assert float(alpha) == pytest.approx(0.3)
@@ -186,8 +207,8 @@ def test_ddpg_is_the_paper(td3: bool) -> None:
     play(agent, 16)
     actor = plain(agent.net.body, agent.net.head, nn.Tanh())
     slow_actor = plain(agent.target_net.body, agent.target_net.head, nn.Tanh())
-    qs = [plain_q(critic) for critic in agent.critics.critics]
-    slow_qs = [plain_q(critic) for critic in agent.target_critics.critics]
+    qs = plain_qs(agent.critics)
+    slow_qs = plain_qs(agent.target_critics)
     assert len(qs) == 1 + td3
     q_adam, actor_adam = torch.optim.Adam(parameters(*qs), 1e-2), torch.optim.Adam(actor.parameters(), 1e-2)
     for k in range(4):

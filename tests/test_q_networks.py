@@ -4,6 +4,7 @@ import gymnasium.spaces as spaces
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from pgrl.errors import UserError
@@ -25,20 +26,44 @@ def observations(space: spaces.Box = OBS) -> Tensor:
     return torch.randn(6, *space.shape, generator=seeded(1))
 
 
+@pytest.mark.parametrize("layer_norm", [False, True])
 @pytest.mark.parametrize("obs", [OBS, IMAGE], ids=["vector", "image"])
-def test_critics_say_what_each_of_them_says(obs: spaces.Box) -> None:
+def test_critics_say_what_each_of_them_says(obs: spaces.Box, layer_norm: bool) -> None:
     torch.manual_seed(0)
-    network, x = OffPolicyNetworkConfig(hidden_sizes=[8]), observations(obs)
+    network, x = OffPolicyNetworkConfig(hidden_sizes=[8, 7], layer_norm=layer_norm), observations(obs)
     critics = Critics(3, obs, BOUNDED, network)
     action = torch.randn(6, 3, generator=seeded(2))
+    for norm in critics.norms:
+        norm.data.uniform_(generator=seeded(3))
     q = critics(x, action)
     assert q.shape == (3, 6) and q.unique().numel() == 18  # they begin differently
-    for k, critic in enumerate(critics.critics):
-        assert torch.equal(q[k], critic(x, action))
-        features = torch.cat([critic.encoder(x), action], 1)
-        assert torch.equal(q[k], critic.head(critic.body(features)).squeeze(1))
-    assert torch.equal(critics.first(x, action), q[0])
+    for k, encoder in enumerate(critics.encoders):
+        expected = torch.cat([encoder(x), action], 1)
+        for i, (weight, bias) in enumerate(zip(critics.weights, critics.biases, strict=True)):
+            expected = expected @ weight[k] + bias[k]
+            if i < 2 and layer_norm:
+                expected = F.layer_norm(expected, expected.shape[-1:], *critics.norms[i][k])
+            expected = expected.relu() if i < 2 else expected.squeeze(1)
+        torch.testing.assert_close(q[k], expected)
+    torch.testing.assert_close(critics.first(x, action), q[0])
     assert not torch.equal(critics(x, action + 1), q)
+
+
+def test_the_first_critic_is_a_constant_function_of_actions() -> None:
+    critics, x = Critics(2, OBS, BOUNDED, OffPolicyNetworkConfig(hidden_sizes=[8])), observations()
+    action = torch.randn(6, 3, generator=seeded(2), requires_grad=True)
+    [through_all] = torch.autograd.grad(critics(x, action)[0].sum(), action)
+    critics.first(x, action).sum().backward()
+    torch.testing.assert_close(action.grad, through_all)
+    assert all(p.grad is None for p in critics.parameters())
+
+
+def test_critics_begin_as_linear_layers_do() -> None:
+    critics = Critics(2, OBS, BOUNDED, OffPolicyNetworkConfig(hidden_sizes=[300, 200]))
+    for p, inputs in zip([*critics.weights, *critics.biases], 2 * [8, 300, 200], strict=True):
+        bound = inputs**-0.5
+        assert float(p.detach().abs().max()) == pytest.approx(bound, rel=0.05 if p.numel() > 9 else 1.0)
+        assert p.detach().abs().max() <= bound
 
 
 def test_critics_of_choices_give_all_or_the_one_taken() -> None:

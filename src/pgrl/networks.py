@@ -58,17 +58,16 @@ class PolicyConfig:
 
 
 class MLP(nn.Module):
-    """Linear layers, each followed by an activation, with `layer_norm` after a normalisation (Ba et al. 2016).
+    """Linear layers, each followed by an activation.
 
     [N, *shape] -> [N, sizes[-1]]; trailing dimensions are flattened, uint8 is scaled to [0, 1]. The forward is a flat
     loop: at 64 units a module's call costs as much as its arithmetic.
     """
 
-    def __init__(self, sizes: list[int], activation: str, layer_norm: bool = False) -> None:
+    def __init__(self, sizes: list[int], activation: str) -> None:
         super().__init__()
         layers = [nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True)]
         self.layers = nn.ModuleList(layers)
-        self.norms = nn.ModuleList([nn.LayerNorm(n) for n in sizes[1:]]) if layer_norm else None
         self._pairs = [(layer.weight, layer.bias) for layer in layers]
         self.activation, self._activation = activation, ACTIVATIONS[activation]
         self.features = sizes[-1]
@@ -78,10 +77,6 @@ class MLP(nn.Module):
             x = x.flatten(1)
         if x.dtype == torch.uint8:
             x = x.float() / 255.0
-        if self.norms is not None:
-            for (weight, bias), norm in zip(self._pairs, self.norms, strict=True):
-                x = self._activation(norm(F.linear(x, weight, bias)))
-            return x
         for weight, bias in self._pairs:
             x = self._activation(F.linear(x, weight, bias))
         return x

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import gymnasium.spaces as spaces
@@ -13,7 +14,7 @@ from torch import Generator, Tensor, nn
 
 from pgrl.distributions import DiagGaussian
 from pgrl.errors import UserError
-from pgrl.networks import MLP, make_body, units
+from pgrl.networks import ACTIVATIONS, MLP, make_body, units
 
 
 @dataclass
@@ -64,35 +65,13 @@ class DeterministicPolicy(nn.Module):
         return (action - self.center) / self.radius if self.affine else action
 
 
-class QNetwork(nn.Module):
-    """Q(s, a) [N] for actions [N, A] in the policy's units; where one is chosen among K, [N], also [N, K] of them all.
-
-    An encoder of the observation (a CNN, or none), then an MLP. Weights are as torch makes them: uniform within
-    1 / sqrt(inputs), as the hidden ones of Lillicrap et al. 2016, section 7.
-    """
-
-    def __init__(self, obs_space: spaces.Box, action_space: spaces.Space[Any], network: OffPolicyNetworkConfig) -> None:
-        super().__init__()
-        self.encoder = make_body(obs_space, network, [])
-        self.discrete = isinstance(action_space, spaces.Discrete)
-        outputs = int(action_space.n) if isinstance(action_space, spaces.Discrete) else 1
-        inputs = self.encoder.features + (0 if self.discrete else math.prod(action_space.shape or ()))
-        self.body = MLP([inputs, *network.hidden_sizes], network.activation, network.layer_norm)
-        self.head = nn.Linear(self.body.features, outputs)
-
-    def forward(self, obs: Tensor, action: Tensor | None = None) -> Tensor:
-        x = self.encoder.forward(obs)
-        if not self.discrete:
-            assert action is not None
-            x = torch.cat([x, action], -1)
-        q = F.linear(self.body.forward(x), self.head.weight, self.head.bias)
-        if not self.discrete:
-            return q.squeeze(-1)
-        return q if action is None else q.gather(-1, action.unsqueeze(-1)).squeeze(-1)
-
-
 class Critics(nn.Module):
-    """Several Q-networks that begin differently; what each says, [count, N], or [count, N, K] without an action."""
+    """Several networks Q(s, a) that begin differently, computed together: layer by layer one product for all of them.
+
+    Each has an encoder of the observation (a CNN, or none), then an MLP; weights are [count, inputs, outputs], biases
+    [count, 1, outputs]. They begin as torch makes a linear layer's: uniform within 1 / sqrt(inputs), as the hidden ones
+    of Lillicrap et al. 2016, section 7.
+    """
 
     def __init__(
         self,
@@ -102,12 +81,56 @@ class Critics(nn.Module):
         network: OffPolicyNetworkConfig,
     ) -> None:
         super().__init__()
-        self.critics = nn.ModuleList([QNetwork(obs_space, action_space, network) for _ in range(count)])
+        self.count, self.discrete = count, isinstance(action_space, spaces.Discrete)
+        encoders = [make_body(obs_space, network, []) for _ in range(count)]
+        self.encoders = nn.ModuleList(encoders)
+        self._share_input = isinstance(encoders[0], MLP)  # without a layer, all are alike
+        inputs = encoders[0].features + (0 if self.discrete else math.prod(action_space.shape or ()))
+        outputs = int(action_space.n) if isinstance(action_space, spaces.Discrete) else 1
+        sizes = [inputs, *network.hidden_sizes, outputs]
+        made = [[nn.Linear(m, n) for _ in range(count)] for m, n in pairwise(sizes)]
+        self.weights = nn.ParameterList([torch.stack([x.weight.detach().T for x in layer]) for layer in made])
+        self.biases = nn.ParameterList([torch.stack([x.bias.detach()[None] for x in layer]) for layer in made])
+        self.norms = nn.ParameterList()
+        if network.layer_norm:  # a factor and a summand for each unit
+            start = torch.stack([torch.ones(1), torch.zeros(1)])
+            self.norms.extend(nn.Parameter(start.repeat(count, 1, n)) for n in network.hidden_sizes)
+        self._activation = ACTIVATIONS[network.activation]
+        # what `forward` reads: each look into a ParameterList costs as much as a small operation
+        self._layers: list[tuple[Tensor, ...]] = [
+            (*pair, *list(self.norms)[i : i + 1]) for i, pair in enumerate(zip(self.weights, self.biases, strict=True))
+        ]
 
     def forward(self, obs: Tensor, action: Tensor | None = None) -> Tensor:
-        return torch.stack([critic.forward(obs, action) for critic in self.critics])
+        """What each says, [count, N], of actions [N, A] in the policy's units; where one is chosen among K, of [N], or
+        [count, N, K] of all.
+        """
+        return self._q(list(self.encoders), self._layers, obs, action)
 
     def first(self, obs: Tensor, action: Tensor) -> Tensor:
-        """What the first one says, [N]."""
-        q: Tensor = self.critics[0].forward(obs, action)
-        return q
+        """What the first one says, [N]; its weights count as constants."""
+        layers = [tuple(p.detach()[:1] for p in layer) for layer in self._layers]
+        return self._q([self.encoders[0]], layers, obs, action)[0]
+
+    def _q(
+        self, encoders: list[nn.Module], layers: list[tuple[Tensor, ...]], obs: Tensor, action: Tensor | None
+    ) -> Tensor:
+        """What these encoders and layers say, [len(encoders), N] or [len(encoders), N, K]."""
+        given = None if self.discrete else action
+        if self._share_input:
+            x: Tensor = encoders[0].forward(obs)
+            x = (x if given is None else torch.cat([x, given], -1)).expand(len(encoders), -1, -1)
+        else:
+            x = torch.stack([encoder.forward(obs) for encoder in encoders])
+            x = x if given is None else torch.cat([x, given.expand(len(x), -1, -1)], -1)
+        *hidden, (weight, bias) = layers
+        for w, b, *norm in hidden:
+            x = torch.baddbmm(b, x, w)
+            if norm:
+                factor, summand = norm[0].split(1, 1)
+                x = F.layer_norm(x, x.shape[-1:]) * factor + summand
+            x = self._activation(x)
+        q = torch.baddbmm(bias, x, weight)
+        if not self.discrete:
+            return q.squeeze(-1)
+        return q if action is None else q.gather(-1, action.expand(len(q), -1).unsqueeze(-1)).squeeze(-1)
