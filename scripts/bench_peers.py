@@ -396,9 +396,11 @@ def child(side: str, workload: Workload, seed: int, threads: int) -> dict[str, f
         return fresh_process([__file__, "--child", *map(str, options)], threads)
 
 
-def fresh_process(arguments: Sequence[str], threads: int) -> dict[str, float]:
+def fresh_process(
+    arguments: Sequence[str], threads: int, variables: Mapping[str, str] | None = None
+) -> dict[str, float]:
     """What another Python with so many threads prints last, a line of JSON. RuntimeError if it fails."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)} | (variables or {})
     done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(arguments)}: exit code {done.returncode}\n{done.stderr[-2000:]}")

@@ -10,6 +10,7 @@ import sys
 import typing
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 import torch
@@ -87,6 +88,35 @@ def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     assert config.compose(["compile=false"]).compile is False
     with pytest.raises(UserError, match="compile=True: needs a C.. compiler(.|\n)*Try: .* compile=false"):
         config.compose(["compile=true"])
+
+
+@pytest.mark.parametrize(
+    ("words", "compiled", "why"),
+    [
+        ("algo=ppo env=Pendulum-v1 tuned=null num_envs=1 total_timesteps=300000", True, "46,720 gradient steps repay"),
+        ("algo=ppo env=Pendulum-v1 tuned=null num_envs=1 total_timesteps=200000", False, "31,040 .* 40,000 would"),
+        ("algo=a2c env=Pendulum-v1 tuned=null num_envs=1 algo.num_steps=10 total_timesteps=350000", True, "35,000"),
+        ("algo=sac env=Pendulum-v1 tuned=null total_timesteps=35000", True, "25,000 gradient steps repay"),
+        ("algo=sac env=Pendulum-v1 tuned=null total_timesteps=35000 algo.utd_ratio=0.5", False, "12,500"),
+        ("algo=reinforce env=CartPole-v1 tuned=null algo.baseline=null total_timesteps=9000000", False, "130,000"),
+        ("algo=a3c env=CartPole-v1 total_timesteps=9000000", False, ""),
+        ("algo=dpg env=Pendulum-v1 total_timesteps=9000000", False, ""),
+        ("algo=ppo env=Pendulum-v1 compile=true", True, ""),
+        ("algo=sac env=Pendulum-v1 compile=false total_timesteps=90000", False, ""),
+    ],
+)
+def test_compile_auto_asks_whether_it_pays(words: str, compiled: bool, why: str) -> None:
+    decided, said = config.decide_compile(config.compose(words.split()))
+    assert decided == compiled and re.search(why, said) and bool(said) == bool(why)
+
+
+def test_compile_auto_does_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    found = config.compose(["algo=sac", "env=Pendulum-v1", "total_timesteps=90000"])
+    assert config.decide_compile(found) == (False, ANY)
+    assert "no C++ compiler" in config.decide_compile(found)[1]
+    found.device = "cuda"  # composing asks for a GPU
+    assert "on cuda" in config.decide_compile(found)[1]
 
 
 def test_stopped_a3c_run_stays_on_the_cpu(tmp_path: Path) -> None:

@@ -2,15 +2,17 @@
 
 import copy
 import math
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Generator, Tensor, nn
 
-from pgrl.optim import Adam, GradientStep, RMSProp, flatten
+from pgrl.optim import Adam, GradientStep, RMSProp, flatten, keep_graphs
 
 
 class Batch(NamedTuple):
@@ -204,3 +206,19 @@ def test_parameters_that_were_parted_from_their_vector_are_refused(per_group: bo
     model.net[0].float().double()
     with pytest.raises(RuntimeError, match="copied or moved"):
         step(batches(1)[0], lr, SCALARS)
+
+
+def test_graphs_are_kept_where_a_restart_leaves_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    variable = "TORCHINDUCTOR_CACHE_DIR"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv(variable, "chosen")
+    keep_graphs()
+    assert os.environ[variable] == "chosen"
+    monkeypatch.delenv(variable)
+    keep_graphs()
+    assert os.environ[variable] == str(tmp_path / "cache/pgrl/inductor")
+    monkeypatch.delenv(variable)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # where no folder can be made
+    keep_graphs()
+    assert variable not in os.environ

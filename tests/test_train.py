@@ -14,7 +14,7 @@ from tests.faults.test_resume import assert_same, equal
 
 import pgrl
 from pgrl import checkpoint
-from pgrl.config import compose
+from pgrl.config import compose, decide_compile, load_run
 from pgrl.data import Rollout
 from pgrl.errors import UserError
 from pgrl.evaluate import Evaluation
@@ -46,6 +46,16 @@ def test_run_writes_what_the_contract_names(tmp_path: Path) -> None:
         assert (run_dir / name).exists(), name
     status = json.loads((run_dir / "status.json").read_text())
     assert status["state"] == "done" and status["step"] == 896 and status["total_timesteps"] == 1000
+
+
+def test_a_resumed_run_keeps_to_what_compile_auto_decided(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = run(tmp_path, "run", *PPO, "total_timesteps=1000")
+    assert "\ncompile=auto: not compiled, for" in capsys.readouterr().out
+    assert load_run(run_dir).compile is False
+    stopped = json.loads((run_dir / "status.json").read_text()) | {"state": "stopped"}
+    (run_dir / "status.json").write_text(json.dumps(stopped))
+    longer = compose([f"resume={run_dir}", "total_timesteps=50000000"])  # which would repay the compiler
+    assert decide_compile(longer) == (False, "")
 
 
 def test_default_folders_are_never_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,8 @@ def launch(config: RunConfig) -> Path:
     with ExitStack() as stack:
         signals = stack.enter_context(Signals())
         step = None
+        compiled, why = configuration.decide_compile(config)
+        config = replace(config, compile=compiled)
         if config.resume is None:
             run = build(config)
             run_dir = configuration.new_run_dir(config)
@@ -51,6 +53,7 @@ def launch(config: RunConfig) -> Path:
         stack.callback(progress.close)
 
         message = headline(config, run, run_dir) + ("" if step is None else f" | resumed at step {step:,}")
+        message += f"\ncompile=auto: {why}" if why else ""
         if not config.checkpoint.replay and replay_bytes(config, run.env) is not None:
             message += (
                 "\ncheckpoint.replay=false: a resumed run goes on with an empty replay buffer, and is not the same run"

@@ -7,7 +7,10 @@ Gradients, moments and parameters are flat vectors: an optimiser is a handful of
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
@@ -189,6 +192,17 @@ def compile_step(step: Callable[P, T]) -> Callable[P, T]:
     """`step` as one graph, differentiated and fused by inductor."""
     import torch._dynamo.config as dynamo
 
+    keep_graphs()
+
     dynamo.trace_autograd_ops = True  # without it torch.autograd.grad breaks the graph
     dynamo.recompile_limit = dynamo.accumulated_recompile_limit = 10_000  # a sweep's runs share a process
     return torch.compile(step, fullgraph=True, dynamic=False, options={"cpp_wrapper": True})
+
+
+def keep_graphs() -> None:
+    """Let inductor keep what it compiles in the user's cache folder; its own one is lost when the machine restarts."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pgrl" / "inductor"
+    with suppress(OSError, RuntimeError):  # no folder can be made there, or no home is known
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))

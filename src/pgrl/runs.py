@@ -156,7 +156,7 @@ def make_agent(config: RunConfig, env: VecEnv) -> Agent:
         num_envs=config.num_envs,
         seed=config.seed,
         device=torch.device(config.device),
-        compiled=config.compile,
+        compiled=config.compile is True,
     )
     return AGENTS[type(config.algo)](config.algo, setting)
 
@@ -293,7 +293,7 @@ def headline(config: RunConfig, run: Run, run_dir: Path) -> str:
     of = f"{workers} worker{'s' * (workers > 1)} of " if workers else ""
     return (
         f"{run.agent.name} on {config.env.id} | {config.device}, {threads} thread{'s' * (threads > 1)}"
-        f"{', compiled' * config.compile} | seed {config.seed} | {config.total_timesteps:,} steps, "
+        f"{', compiled' * (config.compile is True)} | seed {config.seed} | {config.total_timesteps:,} steps, "
         f"{of}{config.num_envs} env{'s' * (config.num_envs > 1)}{replay} | {run_dir}"
     )
 

@@ -28,6 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pgrl import checkpoint, env_ids
 from pgrl.config import checks, composition, schema
 from pgrl.config.checks import Problem, Wrong, is_run, read_status
+from pgrl.config.compilation import decide_compile
 from pgrl.config.composition import key_of, values_of
 from pgrl.config.schema import EvaluateConfig, RunConfig, config_dir
 from pgrl.errors import UserError
@@ -38,6 +39,7 @@ __all__ = [
     "RunConfig",
     "compose",
     "config_dir",
+    "decide_compile",
     "evaluate_main",
     "load_run",
     "main",
@@ -68,7 +70,7 @@ HELP = f"""\
   run_dir=          a new folder (runs/ALGO/ENV/...)    tensorboard=  true, false
   eval_every=       steps between evaluations           save_every=   steps between checkpoints
   eval_episodes=    episodes of each                    log_every=    steps between rows of metrics
-  threads=          of torch; null chooses              compile=      true, false
+  threads=          of torch; null chooses              compile=      auto, true, false
   checkpoint.replay=  false: checkpoints without the replay buffer, after which resume= is not exact
   algo.KEY= env.KEY=                                    --cfg job prints every key and its value
 

@@ -132,6 +132,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("rms_prop_alpha", "noise_correlation"), Rule(lambda x: 0 <= x < 1, "must be in [0, 1)")),
     "vf_coef": Rule(lambda x: x >= 0, "must not be negative"),
     "dual_clip": Rule(lambda x: x > 1, "must be above 1"),
+    "compile": Rule(lambda x: isinstance(x, bool) or x == "auto", "must be auto, true or false"),
     "seed": Rule(lambda x: 0 <= x < 2**63, "must be from 0 to 2^63 - 1"),
     "device": Rule(lambda x: re.fullmatch(r"cpu|cuda(:\d+)?", x) is not None, "must be cpu, cuda or cuda:<number>"),
     "checkpoint": Rule(lambda x: re.fullmatch(r"last|best|\d+", x) is not None, "must be last, best or a step"),
@@ -211,7 +212,7 @@ def wrong_together(config: RunConfig) -> Iterator[Problem]:
     if algo.get("baseline") in OVER_ENVS and config.num_envs == 1:
         why = f"leaves algo.baseline={algo['baseline']}, which averages over the other envs, none of them"
         yield Problem("num_envs", 1, why, ("num_envs=4",))
-    if config.compile and "advantage_lr" in algo:
+    if config.compile is True and "advantage_lr" in algo:
         yield Problem("compile", True, "algo=dpg has no loss whose step could be compiled", ("compile=false",))
     network = algo.get("network")
     if getattr(network, "shared", False) and network.value_hidden_sizes is not None:
@@ -272,7 +273,7 @@ def wrong_asynchronous(config: RunConfig) -> Iterator[Problem]:
     if config.device != "cpu":
         why = "algo=a3c is for the CPU: its workers share parameters in the main memory"
         yield Problem("device", config.device, why, ("device=cpu",))
-    if config.compile:
+    if config.compile is True:
         why = "algo=a3c changes parameters that other processes change, which no compiled step may"
         yield Problem("compile", True, why, ("compile=false",))
     if config.algo.norm_value:
@@ -333,9 +334,14 @@ def wrong_device(device: str) -> Iterator[Problem]:
     yield Problem("device", device, f"CUDA is not available: {why}", ("device=cpu",))
 
 
+def has_compiler() -> bool:
+    """Whether there is a C++ compiler."""
+    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
+
+
 def wrong_compile() -> Iterator[Problem]:
     """Compilation without a compiler."""
-    if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):
+    if not has_compiler():
         yield Problem("compile", True, "needs a C++ compiler, g++ or clang++, and there is none", ("compile=false",))
 
 
@@ -389,7 +395,7 @@ def check(config: RunConfig, keys: dict[str, schema.Key]) -> list[Problem]:
         problems += wrong_episodes(config)
     if not any(p.key == "device" for p in problems):
         problems += wrong_device(config.device)
-    if config.compile and not any(p.key == "compile" for p in problems):
+    if config.compile is True and not any(p.key == "compile" for p in problems):
         problems += wrong_compile()
     problems += wrong_folder(Path("runs/new" if config.run_dir is None else config.run_dir), config.run_dir is not None)
     return problems

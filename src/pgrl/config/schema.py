@@ -69,7 +69,7 @@ class RunConfig:
     seed: int = 1
     device: str = "cpu"  # cpu, cuda, cuda:<number>
     threads: int | None = None  # torch's; null: 1 for small networks, all cores for large ones
-    compile: bool = False  # the gradient step as one compiled graph; of SAC and DDPG, all those of an update
+    compile: bool | str = "auto"  # the gradient step (of SAC and DDPG, all of an update) as one graph; auto: if it pays
     run_dir: str | None = None  # null: runs/<algo>/<env>/<unique name>
     resume: str | None = None  # the folder of a stopped run
     eval_every: int | None = None  # evaluate without exploring, and keep the best checkpoint
