@@ -411,6 +411,7 @@ def fresh_process(
 def child_main(side: str, name: str, iterations: str, seed: str, threads: str, folder: str, at: str) -> None:
     """What `child` runs: the measurement, printed as one line of JSON."""
     workload = replace(find(name), iterations=int(iterations))
+    workload = replace(workload, dropped=min(workload.dropped, workload.iterations // 2))
     if side == "start":
         first_step(workload, float(at), Path(folder))
         return
