@@ -54,6 +54,7 @@ class Workload:
     target: float | None  # the ratio aimed at; None: only reported
     policy_steps: int = 0  # gradient steps of an iteration that the peer takes without an optimiser
     optimisers: int = 1  # of the peer, each of which takes a step where one is counted; 0: the peer counts its updates
+    counts: int = 1  # gradient steps for each that the peer counts itself, where optimisers is 0
     warm_up: int = 0  # env steps before the first update
     dropped: int = DROPPED  # iterations before the measurement starts
 
@@ -87,17 +88,26 @@ PEER_REPLAY = dict(
 )
 NOISE = dict(action_noise=0.1)
 WORKLOADS = (
-    Workload(
-        "ppo-halfcheetah-1",
-        "HalfCheetah-v4",
-        num_envs=1,
-        num_steps=2048,
-        iterations=22,
-        pgrl=f"""{PPO} algo.num_steps=2048 algo.update_epochs=10 algo.num_minibatches=32
-        algo.learning_rate=3e-4 algo.ent_coef=0""",
-        peer="stable_baselines3:PPO",
-        settings=dict(n_steps=2048, n_epochs=10, batch_size=64, learning_rate=3e-4, ent_coef=0.0),
-        target=3.0,
+    *(
+        Workload(
+            name,
+            "HalfCheetah-v4",
+            num_envs=num_envs,
+            num_steps=2048 // num_envs,
+            iterations=22,
+            pgrl=f"""{PPO} algo.num_steps={2048 // num_envs} algo.update_epochs=10 algo.num_minibatches=32
+            algo.learning_rate=3e-4 algo.ent_coef=0 compile=true""",
+            peer=peer,
+            settings=dict(n_steps=2048 // num_envs, n_epochs=10, batch_size=64, learning_rate=3e-4, ent_coef=0.0),
+            target=target,
+            optimisers=optimisers,
+            counts=32,  # SBX's count is of epochs
+        )
+        for name, num_envs, peer, optimisers, target in (
+            ("ppo-halfcheetah-1", 1, "stable_baselines3:PPO", 1, 5.0),
+            ("ppo-halfcheetah-1-sbx", 1, "sbx:PPO", 0, 6.0),
+            ("ppo-halfcheetah-8", 8, "stable_baselines3:PPO", 1, 5.0),
+        )
     ),
     Workload(
         "ppo-cartpole",
@@ -106,10 +116,10 @@ WORKLOADS = (
         num_steps=128,
         iterations=196,
         pgrl=f"""{PPO} algo.num_steps=128 algo.update_epochs=4 algo.num_minibatches=4
-        algo.learning_rate=2.5e-4 algo.ent_coef=0.01""",
+        algo.learning_rate=2.5e-4 algo.ent_coef=0.01 compile=true""",
         peer="stable_baselines3:PPO",
         settings=dict(n_steps=128, n_epochs=4, batch_size=128, learning_rate=2.5e-4, ent_coef=0.01),
-        target=3.0,
+        target=7.0,
     ),
     Workload(
         "a2c-cartpole",
@@ -117,10 +127,10 @@ WORKLOADS = (
         num_envs=8,
         num_steps=5,
         iterations=2500,
-        pgrl=f"{A2C} algo.num_steps=5 algo.learning_rate=7e-4 algo.ent_coef=0",
+        pgrl=f"{A2C} algo.num_steps=5 algo.learning_rate=7e-4 algo.ent_coef=0 compile=true",
         peer="stable_baselines3:A2C",
         settings=dict(n_steps=5, learning_rate=7e-4, ent_coef=0.0, normalize_advantage=True),
-        target=2.0,
+        target=4.0,
     ),
     Workload(
         "trpo-halfcheetah-1",
@@ -133,7 +143,7 @@ WORKLOADS = (
         algo.value_learning_rate=1e-3""",
         peer="sb3_contrib:TRPO",
         settings=dict(n_steps=2048, batch_size=128, learning_rate=1e-3, n_critic_updates=10, cg_max_steps=15),
-        target=3.5,
+        target=5.0,
         policy_steps=1,
     ),
     *(
@@ -153,8 +163,8 @@ WORKLOADS = (
         )
         for name, ours, compiled, peer, settings, optimisers, target in (
             ("sac-halfcheetah", SAC, False, "stable_baselines3:SAC", dict(learning_rate=3e-4), 3, 1.6),
-            ("sac-halfcheetah-compiled", SAC, True, "stable_baselines3:SAC", dict(learning_rate=3e-4), 3, None),
-            ("sac-halfcheetah-sbx", SAC, True, "sbx:SAC", dict(learning_rate=3e-4), 0, None),
+            ("sac-halfcheetah-compiled", SAC, True, "stable_baselines3:SAC", dict(learning_rate=3e-4), 3, 2.5),
+            ("sac-halfcheetah-sbx", SAC, True, "sbx:SAC", dict(learning_rate=3e-4), 0, 1.4),
             ("ddpg-halfcheetah", DDPG, False, "stable_baselines3:DDPG", dict(learning_rate=1e-3, **NOISE), 2, 1.8),
             (
                 "ddpg-halfcheetah-compiled",
@@ -163,7 +173,7 @@ WORKLOADS = (
                 "stable_baselines3:DDPG",
                 dict(learning_rate=1e-3, **NOISE),
                 2,
-                None,
+                3.0,
             ),
             ("ddpg-halfcheetah-sbx", DDPG, True, "sbx:DDPG", dict(learning_rate=1e-3, **NOISE), 0, None),
         )
@@ -286,7 +296,7 @@ def measure_peer(workload: Workload, seed: int, threads: int, folder: Path) -> d
 
     def train(model: Any, *rest: Any, **named: Any) -> None:
         algorithm.train(model, *rest, **named)
-        taken = gradient_steps // workload.optimisers if workload.optimisers else model._n_updates
+        taken = gradient_steps // workload.optimisers if workload.optimisers else model._n_updates * workload.counts
         taken += workload.policy_steps * (len(stamps.rows) + 1)
         stamps.add(model.num_timesteps, taken)
 
