@@ -1115,6 +1115,9 @@ def test_off_is_the_limit_of_on(keys: dict[str, Any], same: dict[str, Any]) -> N
     [
         (PPOConfig, {"norm_obs": True, "learning_rate": 1e-3, "num_minibatches": 2, "num_steps": 32}),
         (A2CConfig, {"num_steps": 32}),
+        (REINFORCEConfig, {}),
+        (REINFORCEConfig, {"baseline": None}),
+        (NPGConfig, {"num_steps": 32, "damping": 0.5}),
         (TRPOConfig, {"num_steps": 32}),
         (DDPGConfig, {}),
         (DDPGConfig, EVERYTHING[DDPGConfig]),
@@ -1130,14 +1133,17 @@ def test_compiled_equals_eager_and_compiles_once(cls: type, keys: dict[str, Any]
     dynamo.reset()
     dynamo.utils.counters.clear()
     graphs = 1 if keys.get("policy_delay", 1) == 1 else 2  # without the policy's step, and with it
+    if cls is REINFORCEConfig and keys.get("baseline", "value") == "value":
+        graphs = 2  # the policy's step, and that of the values
     eager, compiled = make(cls, keys, world), make(cls, keys, world, compiled=True)
     for i in range(10):
         rollout = play(eager, world, seed=i)
         expected = eager.update(rollout, i / 10)
-        with dynamo.config.patch(error_on_recompile=i >= graphs):
+        with dynamo.config.patch(error_on_recompile=i > 0 if cls is REINFORCEConfig else i >= graphs):
             metrics = compiled.update(rollout, i / 10)
         for name, value in expected.items():
-            torch.testing.assert_close(metrics[name], value, rtol=2e-3, atol=1e-4, msg=f"{name} of update {i}")
+            if name != "losses/cg_residual":  # what rounding leaves
+                torch.testing.assert_close(metrics[name], value, rtol=2e-3, atol=1e-4, msg=f"{name} of update {i}")
     assert dynamo.utils.counters["stats"]["unique_graphs"] == graphs
     torch.testing.assert_close(weights(compiled), weights(eager), rtol=1e-3, atol=2e-4)
     assert math.isfinite(weights(compiled).sum())

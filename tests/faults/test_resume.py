@@ -182,6 +182,19 @@ def test_a_hundred_kills(case: str, tmp_path: Path) -> None:
     assert_same(tmp_path / "whole", tmp_path / "killed")
 
 
+COMPILED = ["ppo-classic", "a2c-classic", "reinforce-classic", "npg-mujoco", "trpo-box2d", "sac-mujoco", "ddpg-mujoco"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", COMPILED)
+def test_compiled_runs_resume_bit_for_bit(case: str, tmp_path: Path) -> None:
+    """Three processes: the one that compiles, one that was killed, and one that goes on."""
+    args = [*arguments(case), "compile=true"]
+    finish(start(*args, f"run_dir={tmp_path / 'whole'}"))
+    assert interrupted(tmp_path / "killed", args, 3, seed=4, longest=6.0, how=signal.SIGKILL)
+    assert_same(tmp_path / "whole", tmp_path / "killed")
+
+
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda s: s.name)
 def test_signal_saves_and_exits_with_its_code(how: signal.Signals, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
