@@ -16,7 +16,7 @@ LAYERS = (
     ("pgrl",),
     ("launch", "verify"),
     ("asynchronous",),
-    ("train",),
+    ("train", "profiling"),
     ("upkeep",),
     ("evaluate",),
     ("runs",),
@@ -56,6 +56,7 @@ ONLY_IN = {
     "safetensors": {"checkpoint"},
     "tensorboard": {"logger"},
     "rich": {"logger"},
+    "matplotlib": {"profiling"},
     "envpool": {"envs"},
 }
 

@@ -85,6 +85,7 @@ WRONG = [
     # asynchronous workers
     ("algo=a3c device=cuda", "device=cuda", "for the CPU"),
     ("algo=a3c compile=true", "compile=True", "which no compiled step may"),
+    ("algo=a3c profile=true", "profile=True", "processes of its own"),
     ("algo=a3c algo.norm_value=true", "algo.norm_value=True", "cannot rescale"),
     ("algo=a3c algo.num_workers=0", "algo.num_workers=0", "at least 1"),
     ("algo=a3c total_timesteps=4", "total_timesteps=4", "less than one rollout"),

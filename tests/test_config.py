@@ -123,6 +123,8 @@ def test_stopped_a3c_run_stays_on_the_cpu(tmp_path: Path) -> None:
     folder = stopped_run(tmp_path / "run", "algo=a3c", "env=Acrobot-v1")
     with pytest.raises(UserError, match="device=cuda: algo=a3c is for the CPU(.|\n)*Try: .* device=cpu"):
         config.compose([f"resume={folder}", "device=cuda"])
+    with pytest.raises(UserError, match="profile=True: algo=a3c(.|\n)*Try: .* profile=false"):
+        config.compose([f"resume={folder}", "profile=true"])
 
 
 @pytest.fixture

@@ -486,10 +486,15 @@ def read_bytes(path: Path) -> bytes:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a file's text: a reader, or a crash, sees all of the old or all of the new."""
+    """As `write_bytes`."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replaces a file: a reader, or a crash, sees all of the old or all of the new."""
     tmp = path.with_name(f".{path.name}.tmp")
     try:
-        _write(tmp, text.encode())
+        _write(tmp, data)
         _rename(tmp, path)
         sync(path.parent)
     except OSError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from pgrl import config as configuration
 from pgrl.agents import A3C
 from pgrl.config import RunConfig
 from pgrl.logger import Logger, Progress
+from pgrl.profiling import Profile
 from pgrl.runs import build, gathered_warnings, headline, holds_rows, last_words, replay_bytes, say, write_status
 from pgrl.signals import Signals, Stop
 from pgrl.upkeep import Upkeep
@@ -60,12 +61,15 @@ def launch(config: RunConfig) -> Path:
             )
         log.info(message)
         say(message)
-        outcome = "failed"
+        outcome, profile = "failed", None
         try:
             write_status(run_dir, "running", config, run)
             upkeep = Upkeep(config, run, logger, progress, run_dir, signals)
             loop = asynchronous if isinstance(run.agent, A3C) else train
-            loop.train(config, run, upkeep)
+            if config.profile:
+                profile = Profile(run, upkeep, compiled=config.compile is True)
+            with profile or nullcontext():
+                loop.train(config, run, upkeep)
             outcome = "done"
         except Stop as stop:
             outcome = "stopped"
@@ -78,5 +82,7 @@ def launch(config: RunConfig) -> Path:
             signals.end()
             progress.close()
             write_status(run_dir, outcome, config, run)
+            if profile is not None:
+                say(profile.write(run_dir, f"{run.agent.name} on {config.env.id}"))
         say(last_words(run_dir, run, warnings))
     return run_dir

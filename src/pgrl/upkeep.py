@@ -40,46 +40,59 @@ class Upkeep:
 
         Ends with a snapshot if the last one is old. SaveError if the run is finished and cannot be saved.
         """
-        config, run, position = self._config, self._run, self._run.position
+        config, position = self._config, self._run.position
         position.seconds = time.perf_counter() - self._began
         self._collecting, self._updating = self._collecting + collecting, self._updating + updating
 
         evaluation: dict[str, float] = {}
         improved, best = False, (position.best_step, position.best_return)
         if config.eval_every and (finished or due(config.eval_every, position.step, steps)):
-            returns = evaluate(run.agent, config.env, config.eval_episodes, config.seed, run.agent.device).returns
-            evaluation = {"eval/return_mean": float(np.mean(returns)), "eval/return_std": float(np.std(returns))}
+            evaluation = self.evaluate()
             improved = evaluation["eval/return_mean"] > position.best_return
             if improved:
                 position.best_step, position.best_return = position.step, evaluation["eval/return_mean"]
 
         if finished or evaluation or due(config.log_every, position.step, steps):
-            now = time.perf_counter()
-            sps = (position.step - self._row_step) / (now - self._row_time)
-            row = {**run.record.row(), **evaluation, "charts/SPS": sps}
-            row |= {"time/collect": self._collecting, "time/update": self._updating}
-            with self.signals.protected():
-                self._logger.write(position.step, now - self._began, row)
-            self._progress.update(position.step, row)
-            self._row_step, self._row_time, self._collecting, self._updating = position.step, now, 0.0, 0.0
+            self.log(evaluation)
 
         if finished or improved or due(config.save_every, position.step, steps):
-            self._last = run.snapshot()
-            saved = self._save()
+            self.snapshot()
+            saved = self.save()
             if improved and not saved:  # what is not on disk is not the best checkpoint
                 position.best_step, position.best_return = best
             if finished and not saved:
                 raise checkpoint.SaveError("the last checkpoint could not be written")
         elif time.perf_counter() - self._last.time > SNAPSHOT_SECONDS:
-            self._last = run.snapshot()
+            self.snapshot()
+
+    def evaluate(self) -> dict[str, float]:
+        """The returns of an agent that does not explore, as metrics."""
+        config, agent = self._config, self._run.agent
+        returns = evaluate(agent, config.env, config.eval_episodes, config.seed, agent.device).returns
+        return {"eval/return_mean": float(np.mean(returns)), "eval/return_std": float(np.std(returns))}
+
+    def log(self, evaluation: dict[str, float]) -> None:
+        """Write and show a row: the means since the last one, and an evaluation if there was one."""
+        step, now = self._run.position.step, time.perf_counter()
+        sps = (step - self._row_step) / (now - self._row_time)
+        row = {**self._run.record.row(), **evaluation, "charts/SPS": sps}
+        row |= {"time/collect": self._collecting, "time/update": self._updating}
+        with self.signals.protected():
+            self._logger.write(step, now - self._began, row)
+        self._progress.update(step, row)
+        self._row_step, self._row_time, self._collecting, self._updating = step, now, 0.0, 0.0
+
+    def snapshot(self) -> None:
+        """Keep the present state in memory, as the last."""
+        self._last = self._run.snapshot()
 
     def save_last(self) -> bool:
-        """Write the last snapshot as a checkpoint, and go back to its position; whether the disk took it."""
+        """Go back to the last snapshot's position, and write it as a checkpoint; whether the disk took it."""
         self._run.position.load_state_dict(self._last.state["position"])
-        return self._save()
+        return self.save()
 
-    def _save(self) -> bool:
-        """Write a checkpoint; a disk that refuses it is reported, and asked again at the next one."""
+    def save(self) -> bool:
+        """Write the last snapshot as a checkpoint; a disk that refuses it is reported, and asked again at the next."""
         with self.signals.protected():
             self._logger.sync()
             try:

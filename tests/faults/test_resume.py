@@ -198,7 +198,13 @@ def test_compiled_runs_resume_bit_for_bit(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda s: s.name)
 def test_signal_saves_and_exits_with_its_code(how: signal.Signals, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    process = start(*arguments("ppo-classic"), "total_timesteps=10_000_000", "save_every=null", f"run_dir={run_dir}")
+    process = start(
+        *arguments("ppo-classic"),
+        "total_timesteps=10_000_000",
+        "save_every=null",
+        "compile=false",
+        f"run_dir={run_dir}",
+    )
     wait_for_start(run_dir, process)
     time.sleep(1.5)
     sent = time.monotonic()

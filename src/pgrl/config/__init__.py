@@ -72,6 +72,7 @@ HELP = f"""\
   eval_episodes=    episodes of each                    log_every=    steps between rows of metrics
   threads=          of torch; null chooses              compile=      auto, true, false
   checkpoint.replay=  false: checkpoints without the replay buffer, after which resume= is not exact
+  profile=true      where the time goes: a table at the end, profile.json and profile.png
   algo.KEY= env.KEY=                                    --cfg job prints every key and its value
 
   -m, --multirun    a run for each combination of values given with commas
@@ -87,6 +88,7 @@ KEPT = (
     "device",
     "threads",
     "checkpoint.replay",
+    "profile",
 )  # what resume= may change
 
 

@@ -276,6 +276,9 @@ def wrong_asynchronous(config: RunConfig) -> Iterator[Problem]:
     if config.compile is True:
         why = "algo=a3c changes parameters that other processes change, which no compiled step may"
         yield Problem("compile", True, why, ("compile=false",))
+    if config.profile:
+        why = "algo=a3c acts and learns in processes of its own, whose time is not taken"
+        yield Problem("profile", True, why, ("profile=false",))
     if config.algo.norm_value:
         why = "algo=a3c cannot rescale the value's last layer, which other workers change at the same time"
         yield Problem("algo.norm_value", True, why, ("algo.norm_value=false",))

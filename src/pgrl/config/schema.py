@@ -78,6 +78,7 @@ class RunConfig:
     log_every: int | None = 1_000
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tensorboard: bool = True
+    profile: bool = False  # where the time goes: a table at the end, profile.json, profile.png; not of algo=a3c
 
 
 @dataclass
