@@ -56,7 +56,7 @@ ONLY_IN = {
     "safetensors": {"checkpoint"},
     "tensorboard": {"logger"},
     "rich": {"logger"},
-    "envpool": {"envs"},
+    "envpool": {"envs", "env_ids"},
 }
 
 
