@@ -331,9 +331,14 @@ def wrong_in_envpool(env_id: str) -> Iterator[Problem]:
         yield Problem("env.backend", "envpool", why, command="pip install envpool")
         return
     if env_id in known:
+        try:
+            env_ids.time_limit(env_id, "envpool")
+        except ImportError as error:
+            yield Problem("env", env_id, f"EnvPool cannot load it: {error}", ("env=CartPole-v1",))
         return
-    if env_id in gymnasium.registry:
-        yield Problem("env.backend", "envpool", f"EnvPool has no {env_id}, Gymnasium has", ("env.backend=gymnasium",))
+    if ":" in env_id or env_id in gymnasium.registry:
+        why = f"EnvPool has no {env_id}, which is one of Gymnasium's"
+        yield Problem("env.backend", "envpool", why, ("env.backend=gymnasium",))
         return
     near = env_ids.near_ids(env_id, ids=known)
     why = "EnvPool has no such environment" + (f"; did you mean {' or '.join(near)}" if near else "")

@@ -168,8 +168,6 @@ def specification(config: EnvConfig, told: dict[str, Any]) -> Any:
 
     try:
         spec = envpool.make_spec(config.id, **told)
-    except ImportError as error:
-        raise UserError(f"env={config.id}: EnvPool cannot load it: {error}") from error
     except (TypeError, ValueError) as error:
         takes = [key for key in envpool.make_spec(config.id).config._fields if key not in OURS]
         raise UserError(
@@ -181,7 +179,7 @@ def specification(config: EnvConfig, told: dict[str, Any]) -> Any:
 
 
 def refuse_unknown(env_id: str) -> None:
-    """UserError if EnvPool is not installed, or does not know the id."""
+    """UserError if EnvPool is not installed, does not know the id, or lacks a library that the env needs."""
     try:
         known = envpool_ids()
     except ImportError as error:
@@ -189,9 +187,13 @@ def refuse_unknown(env_id: str) -> None:
             f"env.backend=envpool: EnvPool cannot be imported: {error}\nRun: pip install envpool"
         ) from error
     if env_id in known:
+        try:
+            time_limit(env_id, "envpool")
+        except ImportError as error:
+            raise UserError(f"env={env_id}: EnvPool cannot load it: {error}") from error
         return
-    if env_id in gymnasium.registry:
-        hint = "\nGymnasium has it: env.backend=gymnasium"
+    if ":" in env_id or env_id in gymnasium.registry:
+        hint = "\nIt is one of Gymnasium's: env.backend=gymnasium"
     else:
         near = near_ids(env_id, ids=known)
         hint = f"\nDid you mean {' or '.join(f'env={name}' for name in near)}?" if near else ""
