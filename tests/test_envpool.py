@@ -315,6 +315,23 @@ def test_every_row_of_cartpole_follows_the_equations(envpool: Any, num_envs: int
     env.close()
 
 
+def test_halfcheetah_steps_as_gymnasiums(envpool: Any) -> None:
+    """From any state on the way; the observation is the state but for the position along the track."""
+    pytest.importorskip("mujoco")
+    oracle: Any = gymnasium.make("HalfCheetah-v4").unwrapped
+    oracle.reset(seed=0)
+    env = pool("HalfCheetah-v4", 4, max_episode_steps=20)
+    obs = env.reset()
+    for action in random_actions(env, 45):
+        step = env.step(action)
+        for i in range(4):
+            state = obs[i].double().numpy()
+            oracle.set_state(np.concatenate([[0.0], state[:8]]), state[8:])
+            row, reward, _, _, _ = oracle.step(action[i].clamp(-1, 1).numpy())
+            assert np.allclose(row, step.next_obs[i], atol=1e-2) and abs(reward - float(step.reward[i])) < 1e-3
+        obs = step.obs
+
+
 def test_returns_are_distributed_as_gymnasiums(envpool: Any) -> None:
     def returns(backend: str) -> NDArray[Any]:
         env = vec("CartPole-v1", 32, backend=backend)

@@ -334,7 +334,8 @@ def wrong_in_envpool(env_id: str) -> Iterator[Problem]:
         try:
             env_ids.time_limit(env_id, "envpool")
         except ImportError as error:
-            yield Problem("env", env_id, f"EnvPool cannot load it: {error}", ("env=CartPole-v1",))
+            why = f"EnvPool cannot load it: {error}".rstrip(".")
+            yield Problem("env", env_id, why, ("env=CartPole-v1",))
         return
     if ":" in env_id or env_id in gymnasium.registry:
         why = f"EnvPool has no {env_id}, which is one of Gymnasium's"
