@@ -57,7 +57,7 @@ ONLY_IN = {
     "tensorboard": {"logger"},
     "rich": {"logger"},
     "matplotlib": {"profiling"},
-    "envpool": {"envs"},
+    "envpool": {"envs", "env_ids"},
 }
 
 

@@ -61,10 +61,31 @@ def all_ids() -> list[str]:
     ]
 
 
-def near_ids(env_id: str, n: int = 3) -> list[str]:
-    """Registered ids that an unknown one may have meant: other versions of the name, newest first, or names like it."""
+def envpool_ids() -> list[str]:
+    """The ids that EnvPool knows, which need not be Gymnasium's; ImportError if it is not there."""
+    import envpool
+
+    ids: list[str] = envpool.list_all_envs()
+    return ids
+
+
+def time_limit(env_id: str, backend: str = "gymnasium") -> int | None:
+    """The registered time limit of a known env in steps: None if it has none, 0 if it has one that it does not tell."""
+    if backend != "envpool":
+        return find(env_id).max_episode_steps
+    import envpool
+
+    steps: int = envpool.make_spec(env_id).config.max_episode_steps
+    return steps if steps < 2**31 - 1 else None
+
+
+def near_ids(env_id: str, n: int = 3, ids: list[str] | None = None) -> list[str]:
+    """Ids that an unknown one may have meant: other versions of the name, newest first, or names like it.
+
+    They are among `ids`, or among all that are registered.
+    """
     name = re.sub(r"-v\d+$", "", env_id.rpartition(":")[2]).lower()
-    ids = all_ids()
+    ids = all_ids() if ids is None else ids
     same = [known for known in ids if re.sub(r"-v\d+$", "", known).lower() == name]
     by_lower = {known.lower(): known for known in ids}
     near = [by_lower[k] for k in difflib.get_close_matches(env_id.lower(), by_lower, n=n, cutoff=0.5)]

@@ -25,7 +25,7 @@ from pgrl import checkpoint, env_ids
 from pgrl import config as configuration
 from pgrl.agents import Agent
 from pgrl.config import EvaluateConfig, RunConfig
-from pgrl.envs import EnvConfig, make_vec
+from pgrl.envs import EnvConfig, make_vec, to_evaluate
 from pgrl.errors import CheckpointError
 from pgrl.runs import make_agent, of_another_version, set_up
 
@@ -48,9 +48,11 @@ def evaluate(
     """Play `episodes` episodes side by side with the most likely actions; the agent does not change.
 
     Each env plays a share of the episodes fixed beforehand, so short episodes are not over-represented. Episodes of an
-    env without a time limit are cut after LONGEST steps: a policy that stands still would never end them.
+    env without a time limit are cut after LONGEST steps: a policy that stands still would never end them. An agent
+    trained in EnvPool's envs plays in Gymnasium's, where these are the same (`to_evaluate`).
     """
-    if env_config.max_episode_steps is None and env_ids.find(env_config.id).max_episode_steps is None:
+    env_config = to_evaluate(env_config)
+    if env_config.max_episode_steps is None and env_ids.time_limit(env_config.id, env_config.backend) is None:
         env_config = replace(env_config, max_episode_steps=LONGEST)
     num_envs = min(episodes, MAX_ENVS)
     share = [len(range(i, episodes, num_envs)) for i in range(num_envs)]

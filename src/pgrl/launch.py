@@ -59,6 +59,8 @@ def launch(config: RunConfig) -> Path:
             message += (
                 "\ncheckpoint.replay=false: a resumed run goes on with an empty replay buffer, and is not the same run"
             )
+        if config.env.backend == "envpool":
+            message += "\nenv.backend=envpool: a resumed run begins new episodes, and is not the same run"
         log.info(message)
         say(message)
         outcome, profile = "failed", None

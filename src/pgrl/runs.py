@@ -126,7 +126,7 @@ def made_with(agent: Agent) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Of python, and of the packages that compute; looking them up takes 5 ms."""
     found = {"python": platform.python_version()}
-    for name in ("pgrl", "torch", "numpy", "gymnasium", "mujoco", "box2d"):
+    for name in ("pgrl", "torch", "numpy", "gymnasium", "mujoco", "box2d", "envpool"):
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     return found

@@ -241,7 +241,8 @@ def resumed(config: RunConfig, given: dict[str, str]) -> RunConfig:
         why = f"the run is done, with {step:,} of {total:,} steps; a larger total_timesteps makes it longer"
         raise Wrong(Problem(key, given[key], why, use))
     keys = schema.keys(RunConfig, type(run.algo))
-    problems = [*checks.wrong_values(run, keys), *checks.wrong_asynchronous(run), *checks.wrong_env(run.env.id)]
+    problems = [*checks.wrong_values(run, keys), *checks.wrong_asynchronous(run)]
+    problems += checks.wrong_env(run.env.id, run.env.backend)
     problems += [] if any(p.key == "device" for p in problems) else checks.wrong_device(run.device)
     if problems:
         raise Wrong(*problems)

@@ -147,7 +147,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "activation": ("tanh", "relu", "elu", "silu", "gelu"),
     "init": ("orthogonal", "xavier"),
     "distribution": ("gaussian", "squashed", "beta"),
-    "backend": ("gymnasium",),
+    "backend": ("gymnasium", "envpool"),
     "noise": ("gaussian", "ou"),
 }
 
@@ -225,7 +225,7 @@ def wrong_episodes(config: RunConfig) -> Iterator[Problem]:
     """Rollouts that may hold no whole episode, for an algorithm that learns from whole ones."""
     from pgrl import env_ids
 
-    limit = config.env.max_episode_steps or env_ids.find(config.env.id).max_episode_steps
+    limit = config.env.max_episode_steps or env_ids.time_limit(config.env.id, config.env.backend)
     num_steps = vars(config.algo).get("num_steps", 1)
     if "baseline" in vars(config.algo) and limit is not None and num_steps < limit:
         why = f"may hold no whole episode of {config.env.id}, which can take {limit} steps, and REINFORCE needs one"
@@ -297,12 +297,15 @@ def without_effect(config: RunConfig, given: dict[str, str]) -> Iterator[str]:
             yield f"note: {key}={value} changes nothing without {NEEDS[key].words}"
 
 
-def wrong_env(env_id: str) -> Iterator[Problem]:
+def wrong_env(env_id: str, backend: str) -> Iterator[Problem]:
     """An env that does not exist, or whose package is missing."""
     import gymnasium
 
     from pgrl import env_ids
 
+    if backend == "envpool":
+        yield from wrong_in_envpool(env_id)
+        return
     try:
         missing = env_ids.missing_package(env_id)
     except (gymnasium.error.Error, ImportError, ValueError) as error:
@@ -316,6 +319,34 @@ def wrong_env(env_id: str) -> Iterator[Problem]:
     if missing is not None:
         module, package = missing
         yield Problem("env", env_id, f"needs {module}, which is not installed", command=f"pip install {package}")
+
+
+def wrong_in_envpool(env_id: str) -> Iterator[Problem]:
+    """An env that EnvPool does not have, or EnvPool missing."""
+    import gymnasium
+
+    from pgrl import env_ids
+
+    try:
+        known = env_ids.envpool_ids()
+    except ImportError as error:
+        why = f"EnvPool cannot be imported: {error}"
+        yield Problem("env.backend", "envpool", why, command="pip install envpool")
+        return
+    if env_id in known:
+        try:
+            env_ids.time_limit(env_id, "envpool")
+        except ImportError as error:
+            why = f"EnvPool cannot load it: {error}".rstrip(".")
+            yield Problem("env", env_id, why, ("env=CartPole-v1",))
+        return
+    if ":" in env_id or env_id in gymnasium.registry:
+        why = f"EnvPool has no {env_id}, which is one of Gymnasium's"
+        yield Problem("env.backend", "envpool", why, ("env.backend=gymnasium",))
+        return
+    near = env_ids.near_ids(env_id, ids=known)
+    why = "EnvPool has no such environment" + (f"; did you mean {' or '.join(near)}" if near else "")
+    yield Problem("env", env_id, why, (f"env={[*near, 'CartPole-v1'][0]}",))
 
 
 def wrong_device(device: str) -> Iterator[Problem]:
@@ -393,7 +424,7 @@ def check(config: RunConfig, keys: dict[str, schema.Key]) -> list[Problem]:
         problems += wrong_together(config)
         problems += wrong_replay(config)
         problems += wrong_asynchronous(config)
-    problems += wrong_env(config.env.id)
+    problems += wrong_env(config.env.id, config.env.backend)
     if not problems:
         problems += wrong_episodes(config)
     if not any(p.key == "device" for p in problems):

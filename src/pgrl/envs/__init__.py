@@ -3,12 +3,25 @@
 from collections.abc import Callable
 
 from pgrl.envs.base import EnvConfig, Episode, VecEnv
+from pgrl.envs.envpool import EnvPoolVecEnv, to_evaluate
 from pgrl.envs.gymnasium import GymnasiumVecEnv
 from pgrl.errors import UserError
 
-BACKENDS: dict[str, Callable[[EnvConfig, int, int], VecEnv]] = {"gymnasium": GymnasiumVecEnv}
+BACKENDS: dict[str, Callable[[EnvConfig, int, int], VecEnv]] = {
+    "gymnasium": GymnasiumVecEnv,
+    "envpool": EnvPoolVecEnv,
+}
 
-__all__ = ["BACKENDS", "EnvConfig", "Episode", "GymnasiumVecEnv", "VecEnv", "make_vec"]
+__all__ = [
+    "BACKENDS",
+    "EnvConfig",
+    "EnvPoolVecEnv",
+    "Episode",
+    "GymnasiumVecEnv",
+    "VecEnv",
+    "make_vec",
+    "to_evaluate",
+]
 
 
 def make_vec(config: EnvConfig, num_envs: int, seed: int) -> VecEnv:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import gymnasium.spaces as spaces
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pgrl.data import Step
@@ -17,10 +18,10 @@ from pgrl.data import Step
 class EnvConfig:
     """Which environments a run uses (`env.*`)."""
 
-    id: str = "CartPole-v1"  # a registered Gymnasium id, or package:Id-v0
-    backend: str = "gymnasium"  # who steps them: gymnasium
+    id: str = "CartPole-v1"  # a registered Gymnasium id, or package:Id-v0; with envpool, one of its own
+    backend: str = "gymnasium"  # who steps them: gymnasium, envpool
     max_episode_steps: int | None = None  # another time limit than the registered one
-    kwargs: dict[str, Any] = field(default_factory=dict)  # passed to gymnasium.make
+    kwargs: dict[str, Any] = field(default_factory=dict)  # passed to gymnasium.make or envpool.make
 
 
 class Episode(NamedTuple):
@@ -58,6 +59,13 @@ class VecEnv(Protocol):
         """Continue from a saved state."""
 
     def close(self) -> None: ...
+
+
+def new_step(obs: NDArray[Any]) -> Step:
+    """Room for an answer of envs whose observations are like these, [B, *obs]."""
+    rows = [torch.from_numpy(np.empty_like(obs)) for _ in range(2)]
+    flags = torch.empty(2, len(obs), dtype=torch.bool)
+    return Step(rows[0], torch.empty(len(obs)), flags[0], flags[1], rows[1])
 
 
 def episode_seed(run_seed: int, env_index: int, episode_index: int) -> int:

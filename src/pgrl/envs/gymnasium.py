@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pgrl.data import Step
-from pgrl.envs.base import EnvConfig, Episode, episode_seed
+from pgrl.envs.base import EnvConfig, Episode, episode_seed, new_step
 from pgrl.envs.make import make, peel
 from pgrl.envs.spaces import ToEnv, obs_rows, to_row
 
@@ -54,7 +54,7 @@ class GymnasiumVecEnv:
     def step(self, action: Tensor, out: Step | None = None) -> Step:
         if not self._begun:
             raise RuntimeError("call reset or load_state_dict before step")
-        out = self._new_step() if out is None else out
+        out = new_step(self._obs) if out is None else out
         obs, reward, terminated, truncated, next_obs = getattr(out, "arrays", None) or [x.numpy() for x in out]
         actions = self._to_env(action)
         steps = self._history.append(actions)
@@ -154,11 +154,6 @@ class GymnasiumVecEnv:
             f"raised by env {i} of {self.num_envs} ({self._id}) in episode {episode}, "
             f"reset(seed={episode_seed(self._seed, i, episode)}), step {length}"
         )
-
-    def _new_step(self) -> Step:
-        rows = [torch.from_numpy(np.empty_like(self._obs)) for _ in range(2)]
-        flags = torch.empty(2, self.num_envs, dtype=torch.bool)
-        return Step(rows[0], torch.empty(self.num_envs), flags[0], flags[1], rows[1])
 
 
 class History:

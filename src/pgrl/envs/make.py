@@ -25,12 +25,8 @@ def make(config: EnvConfig, num_envs: int) -> list[Env]:
     Gymnasium's notice that a newer version of the env exists is not passed on: scores are compared by version.
     """
     options = dict(config.kwargs)
+    refuse_limit(config)
     if config.max_episode_steps is not None:
-        if config.max_episode_steps < 1:
-            raise UserError(
-                f"env.max_episode_steps={config.max_episode_steps}: must be at least 1.\n"
-                "Use env.max_episode_steps=1000, or null for the limit that the env is registered with"
-            )
         options["max_episode_steps"] = config.max_episode_steps
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*The environment .* is out of date", DeprecationWarning)
@@ -45,6 +41,15 @@ def make(config: EnvConfig, num_envs: int) -> list[Env]:
             if "argument" not in str(error):
                 raise
             raise wrong_kwargs(config, error) from error
+
+
+def refuse_limit(config: EnvConfig) -> None:
+    """UserError if the time limit is not a number of steps."""
+    if config.max_episode_steps is not None and config.max_episode_steps < 1:
+        raise UserError(
+            f"env.max_episode_steps={config.max_episode_steps}: must be at least 1.\n"
+            "Use env.max_episode_steps=1000, or null for the limit that the env is registered with"
+        )
 
 
 def missing_package(env_id: str, error: Exception) -> UserError:
