@@ -49,7 +49,10 @@ def evaluate(
 
     Each env plays a share of the episodes fixed beforehand, so short episodes are not over-represented. Episodes of an
     env without a time limit are cut after LONGEST steps: a policy that stands still would never end them.
+
+    Gymnasium's own env is played, whichever backend the agent was trained with.
     """
+    env_config = replace(env_config, backend="gymnasium")
     if env_config.max_episode_steps is None and env_ids.find(env_config.id).max_episode_steps is None:
         env_config = replace(env_config, max_episode_steps=LONGEST)
     num_envs = min(episodes, MAX_ENVS)

@@ -18,7 +18,7 @@ class EnvConfig:
     """Which environments a run uses (`env.*`)."""
 
     id: str = "CartPole-v1"  # a registered Gymnasium id, or package:Id-v0
-    backend: str = "gymnasium"  # who steps them: gymnasium
+    backend: str = "gymnasium"  # who steps them: gymnasium, or torch: classic control as tensors on `device`
     max_episode_steps: int | None = None  # another time limit than the registered one
     kwargs: dict[str, Any] = field(default_factory=dict)  # passed to gymnasium.make
 
