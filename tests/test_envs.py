@@ -457,6 +457,7 @@ def test_a_state_shares_no_memory_with_the_env(classic_backend: str) -> None:
     wipe(state)
     for action in actions[40:]:
         assert_same(env.step(action), twin.step(action))
+    assert env.episodes() == twin.episodes() != []
     other.load_state_dict(before)
     wipe(before)
     mid.load_state_dict(other.state_dict())

@@ -104,6 +104,31 @@ def test_a_step_from_any_state_is_gymnasiums(name: str, kwargs: dict[str, Any]) 
     assert (0 < ended < n) == (name != "Pendulum-v1")
 
 
+class Known:
+    """Draws of a generator whose next numbers in [0, 1) are known."""
+
+    def __init__(self, noise: Tensor) -> None:
+        self.noise = noise.numpy()
+
+    def uniform(self, low: Any, high: Any, size: Any = None) -> Any:
+        noise = self.noise if size or np.ndim(low) else self.noise[0]
+        return low + (np.asarray(high) - low) * noise
+
+
+@pytest.mark.parametrize("name", CLASSICS)
+def test_a_first_state_is_gymnasiums(name: str) -> None:
+    ours, env = classic(config(name)), gymnasium.make(name).unwrapped
+    noise = torch.rand(ours.size, 20, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    noise[:, 0], noise[:, 1] = 0.0, 1.0
+    state = ours.reset(noise)
+    assert state.dtype == torch.float64
+    for i in range(20):
+        env.np_random = Known(noise[:, i])  # type: ignore[assignment]
+        obs, _ = env.reset()
+        np.testing.assert_allclose(state[:, i].numpy(), np.asarray(env.state), rtol=0, atol=1e-8)  # type: ignore[attr-defined]
+        np.testing.assert_allclose(ours.observe(state)[:, i].float().numpy(), obs, **TOLERANCE)
+
+
 @pytest.mark.parametrize(("name", "limit"), [*((name, 40) for name in CLASSICS), ("CartPole-v1", 12)])
 def test_episodes_are_gymnasiums_from_equal_first_states(name: str, limit: int) -> None:
     """Gymnasium's envs are told the first state of each episode alone; all that follows is their own."""
@@ -315,14 +340,14 @@ def test_other_envs_are_refused_with_the_five_and_a_way_out() -> None:
         ("Pendulum-v1", {"g": "low"}, "takes env.kwargs.g=10.0 alone"),
         ("Pendulum-v1", {"g": True}, "takes env.kwargs.g=10.0 alone"),
         ("MountainCar-v0", {"goal_position": 0.5}, "takes env.kwargs.goal_velocity=0.0 alone"),
-        ("Acrobot-v1", {"g": 9.8}, "takes no env.kwargs"),
+        ("Acrobot-v1", {"g": 9.8}, "takes none."),
     ],
 )
 def test_other_keyword_arguments_are_refused(name: str, kwargs: dict[str, Any], takes: str) -> None:
     text = refusal(name, **kwargs)
     key, value = next(iter(kwargs.items()))
     assert text.startswith(f"env.kwargs.{key}={value}: {name} with env.backend=torch {takes}")
-    assert text.splitlines()[-1].endswith(f"env={name} env.backend=gymnasium")
+    assert text.splitlines()[-1].startswith(f"Use: env={name} env.backend=torch")
 
 
 def test_actions_of_another_number_of_envs_are_refused() -> None:

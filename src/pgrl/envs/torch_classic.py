@@ -229,13 +229,13 @@ def classic(config: EnvConfig) -> Classic:
         )
     new = CLASSICS[config.id]
     known = {field.name: field.default for field in fields(new())}  # type: ignore[arg-type]
-    takes = ", ".join(f"env.kwargs.{name}={str(default).lower()}" for name, default in known.items()) or "no env.kwargs"
+    takes = " ".join(f"env.kwargs.{name}={str(default).lower()}" for name, default in known.items())
     for name, value in config.kwargs.items():
         of_type = (bool,) if isinstance(known.get(name), bool) else (int, float)
         if name not in known or type(value) not in of_type:
             raise UserError(
-                f"env.kwargs.{name}={value}: {config.id} with env.backend=torch takes {takes} alone.\n"
-                f"Use those, or: env={config.id} env.backend=gymnasium"
+                f"env.kwargs.{name}={value}: {config.id} with env.backend=torch takes {f'{takes} alone' if takes else 'none'}.\n"
+                f"Use: {f'env={config.id} env.backend=torch {takes}'.rstrip()}"
             )
     return new(**config.kwargs)
 
