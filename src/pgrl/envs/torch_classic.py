@@ -234,8 +234,8 @@ def classic(config: EnvConfig) -> Classic:
         of_type = (bool,) if isinstance(known.get(name), bool) else (int, float)
         if name not in known or type(value) not in of_type:
             raise UserError(
-                f"env.kwargs.{name}={value}: {config.id} with env.backend=torch takes {f'{takes} alone' if takes else 'none'}.\n"
-                f"Use: {f'env={config.id} env.backend=torch {takes}'.rstrip()}"
+                f"env.kwargs.{name}={value}: {config.id} with env.backend=torch takes {takes or 'none'}"
+                f"{' alone' * bool(takes)}.\nUse: {f'env={config.id} env.backend=torch {takes}'.rstrip()}"
             )
     return new(**config.kwargs)
 
@@ -248,7 +248,7 @@ class TorchVecEnv:
     number of envs and on the kind of device beside the seed.
 
     The length and the return of what ended are kept as rows [B], 12 bytes a step and env, until `episodes` reads them.
-    That call waits for the device, and takes the host about half a microsecond for each episode that ended.
+    That call waits for the device, and takes the host about a microsecond for each episode that ended.
     """
 
     def __init__(self, config: EnvConfig, num_envs: int, seed: int, device: torch.device) -> None:
