@@ -17,6 +17,7 @@ from tests import envs_for_tests
 from torch import Tensor
 
 from pgrl import checkpoint, env_ids
+from pgrl.config.checks import CHOICES
 from pgrl.data import Rollout, Step, action_rows
 from pgrl.envs import BACKENDS, EnvConfig, Episode, VecEnv, make_vec
 from pgrl.envs.base import episode_seed
@@ -28,6 +29,11 @@ SEED = 7
 
 @pytest.fixture(params=[name for name in BACKENDS if name == "gymnasium"])  # those that step any Gymnasium env
 def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=list(BACKENDS))  # all: each steps classic control
+def classic_backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
@@ -56,6 +62,19 @@ def copied(step: Step) -> Step:
 def assert_same(a: Step, b: Step) -> None:
     for name, x, y in zip(Step._fields, a, b, strict=True):
         assert x.dtype == y.dtype and torch.equal(x, y), name
+
+
+def held(tree: Any) -> list[Any]:
+    """Everything that a state holds, in order; its tensors as arrays that share their memory."""
+    if isinstance(tree, dict | list):
+        return [x for part in (tree.values() if isinstance(tree, dict) else tree) for x in held(part)]
+    return [tree.numpy() if isinstance(tree, Tensor) else tree]
+
+
+def assert_same_state(a: dict[str, Any], b: dict[str, Any]) -> None:
+    assert a.keys() == b.keys()
+    for x, y in zip(held(a), held(b), strict=True):
+        assert np.array_equal(x, y)
 
 
 # Every transition
@@ -101,20 +120,22 @@ def test_every_transition_is_the_known_one(
     env.close()
 
 
-def test_spaces_and_types_are_those_of_the_contract(backend: str) -> None:
-    env = vec("Counter-v0", 4, backend=backend)
+def test_spaces_and_types_are_those_of_the_contract(classic_backend: str) -> None:
+    env = vec("CartPole-v1", 4, backend=classic_backend)
     obs = env.reset()
     step = env.step(torch.zeros(4, dtype=torch.int64))
     assert env.num_envs == 4 and env.device == torch.device("cpu")
-    assert env.obs_space.shape == (2,) and env.obs_space.dtype == np.float32
+    assert env.obs_space.shape == (4,) and env.obs_space.dtype == np.float32
+    assert env.action_space == spaces.Discrete(2)
     assert obs.dtype == step.obs.dtype == step.next_obs.dtype == step.reward.dtype == torch.float32
     assert step.terminated.dtype == step.truncated.dtype == torch.bool
-    assert obs.shape == step.obs.shape == step.next_obs.shape == (4, 2)
+    assert obs.shape == step.obs.shape == step.next_obs.shape == (4, 4)
+    assert obs.is_contiguous()
     assert step.reward.shape == step.terminated.shape == step.truncated.shape == (4,)
 
 
-def test_answers_are_written_into_the_rows_of_a_rollout(backend: str) -> None:
-    env, twin = (vec("Counter-v0", 3, backend=backend, terminate_at=4) for _ in range(2))
+def test_answers_are_written_into_the_rows_of_a_rollout(classic_backend: str) -> None:
+    env, twin = (vec("CartPole-v1", 3, backend=classic_backend, max_episode_steps=4) for _ in range(2))
     rollout = Rollout(6, 3, env.obs_space, env.action_space, env.device)
     rollout.begin(env.reset())
     twin.reset()
@@ -131,8 +152,8 @@ def test_answers_are_written_into_the_rows_of_a_rollout(backend: str) -> None:
         rollout.begin(rollout.obs[-1])
 
 
-def test_what_a_caller_does_to_its_tensors_does_not_reach_the_env(backend: str) -> None:
-    env, twin = (vec("Counter-v0", 2, backend=backend, terminate_at=9) for _ in range(2))
+def test_what_a_caller_does_to_its_tensors_does_not_reach_the_env(classic_backend: str) -> None:
+    env, twin = (vec("CartPole-v1", 2, backend=classic_backend, max_episode_steps=9) for _ in range(2))
     for e in (env, twin):
         e.reset()
     kept: list[tuple[Step, Step]] = []
@@ -148,8 +169,7 @@ def test_what_a_caller_does_to_its_tensors_does_not_reach_the_env(backend: str) 
         step.obs.fill_(-1.0)
     env.obs().fill_(-1.0)
     assert torch.equal(env.obs(), twin.obs())
-    for a, b in zip(env.state_dict()["actions"], twin.state_dict()["actions"], strict=True):
-        assert np.array_equal(a, b)
+    assert_same_state(env.state_dict(), twin.state_dict())
 
 
 # Seeds
@@ -173,13 +193,19 @@ def test_an_episode_is_the_same_in_every_vectorisation(backend: str, name: str, 
     assert not torch.equal(most[0][0], episodes(1, SEED + 1)[0][0])
 
 
-def test_reset_begins_the_first_episodes_again(backend: str) -> None:
-    env = vec("Luck-v0", backend=backend)
-    first = env.reset()
+def test_reset_begins_the_first_episodes_again(classic_backend: str) -> None:
+    env = vec("CartPole-v1", backend=classic_backend, max_episode_steps=3)
+    first, again = (
+        [env.reset(), *(env.step(action).obs for action in random_actions(env, 8)), env.episodes()] for _ in range(2)
+    )
+    assert first[-1] == again[-1] != []
+    assert all(torch.equal(a, b) for a, b in zip(first[:-1], again[:-1], strict=True))
+    assert len({tuple(row) for obs in first[:-1] for row in obs.tolist()}) == 18
     for action in random_actions(env, 3):
         env.step(action)
-    assert torch.equal(env.reset(), first)
+    env.reset()
     assert env.episodes() == []
+    assert not torch.equal(vec("CartPole-v1", seed=SEED + 1, backend=classic_backend).reset(), first[0])
 
 
 def test_neighbouring_seeds_share_nothing() -> None:
@@ -354,32 +380,39 @@ MUJOCO = ["HalfCheetah-v4", "Hopper-v4", "Walker2d-v4", "Ant-v4", "Swimmer-v4", 
 TABLES = ["FrozenLake-v1", "Blackjack-v1"]  # with Discrete and Tuple observations
 
 
-@pytest.mark.parametrize("name", [*CLASSIC, *BOX2D, *MUJOCO, *TABLES, "Counter-v1", "Luck-v0"])
-def test_restored_in_the_middle_of_an_episode_an_env_goes_on_bit_for_bit(name: str) -> None:
+@pytest.mark.parametrize(
+    ("backend", "name"),
+    [
+        *(("gymnasium", name) for name in [*CLASSIC, *BOX2D, *MUJOCO, *TABLES, "Counter-v1", "Luck-v0"]),
+        *(("torch", name) for name in CLASSIC),
+    ],
+)
+def test_restored_in_the_middle_of_an_episode_an_env_goes_on_bit_for_bit(backend: str, name: str) -> None:
     if name in BOX2D:
         pytest.importorskip("Box2D")
     if name in MUJOCO:
         pytest.importorskip("mujoco")
-    env = vec(name, max_episode_steps=60)
+    env = vec(name, backend=backend, max_episode_steps=60)
     env.reset()
     actions = random_actions(env, 90)
     for action in actions[:40]:
         env.step(action)
     env.episodes()
     state = env.state_dict()
-    other = vec(name, seed=SEED + 1, max_episode_steps=60)  # the seed is part of the state
+    other = vec(name, seed=SEED + 1, backend=backend, max_episode_steps=60)  # the seed is part of the state
     other.load_state_dict(state)
     assert torch.equal(env.obs(), other.obs())
     for action in actions[40:]:
         assert_same(env.step(action), other.step(action))
     ended = env.episodes()
     assert ended and ended == other.episodes()
+    assert torch.equal(env.reset(), other.reset())
     env.close()
     other.close()
 
 
-def test_a_state_survives_a_checkpoint(backend: str, tmp_path: Any) -> None:
-    env, other = (vec("CartPole-v1", 3, backend=backend) for _ in range(2))
+def test_a_state_survives_a_checkpoint(classic_backend: str, tmp_path: Any) -> None:
+    env, other = (vec("CartPole-v1", 3, backend=classic_backend) for _ in range(2))
     env.reset()
     actions = random_actions(env, 150)
     for action in actions[:70]:
@@ -393,8 +426,8 @@ def test_a_state_survives_a_checkpoint(backend: str, tmp_path: Any) -> None:
     assert env.episodes() == other.episodes()
 
 
-def test_restoring_twice_and_before_the_first_step(backend: str) -> None:
-    env, other = (vec("Counter-v1", backend=backend) for _ in range(2))
+def test_restoring_twice_and_before_the_first_step(classic_backend: str) -> None:
+    env, other = (vec("CartPole-v1", backend=classic_backend, max_episode_steps=6) for _ in range(2))
     env.reset()
     for action in random_actions(env, 20):
         other.load_state_dict(env.state_dict())
@@ -402,8 +435,8 @@ def test_restoring_twice_and_before_the_first_step(backend: str) -> None:
         assert_same(env.step(action), other.step(action))
 
 
-def test_a_state_shares_no_memory_with_the_env(backend: str) -> None:
-    env, twin = (vec("Counter-v0", backend=backend, terminate_at=30) for _ in range(2))
+def test_a_state_shares_no_memory_with_the_env(classic_backend: str) -> None:
+    env, twin, other, mid = (vec("CartPole-v1", backend=classic_backend, max_episode_steps=30) for _ in range(4))
     for e in (env, twin):
         e.reset()
     actions = random_actions(env, 80)
@@ -414,28 +447,29 @@ def test_a_state_shares_no_memory_with_the_env(backend: str) -> None:
     for action in actions[20:40]:
         env.step(action)
         twin.step(action)
-    assert state["episode"] == before["episode"] and state["return"] == before["return"]
-    assert np.array_equal(state["obs"], before["obs"])
-    for a, b in zip(state["actions"], before["actions"], strict=True):
-        assert len(a) == 20 and np.array_equal(a, b)
-    for x in (state["obs"], *state["actions"]):
-        x[...] = 0
+    assert_same_state(state, before)
+
+    def wipe(state: dict[str, Any]) -> None:
+        for x in held(state):
+            if isinstance(x, np.ndarray):
+                x[...] = 0
+
+    wipe(state)
     for action in actions[40:]:
         assert_same(env.step(action), twin.step(action))
-    other = vec("Counter-v0", backend=backend, terminate_at=30)
+    assert env.episodes() == twin.episodes() != []
     other.load_state_dict(before)
-    for x in (before["obs"], *before["actions"]):
-        x[...] = 0
-    mid = vec("Counter-v0", backend=backend, terminate_at=30)
+    wipe(before)
     mid.load_state_dict(other.state_dict())
-    assert torch.equal(mid.obs(), other.obs())
+    for action in actions[20:]:
+        assert_same(mid.step(action), other.step(action))
 
 
-def test_a_state_of_another_number_of_envs_is_refused(backend: str) -> None:
-    env = vec("Counter-v0", 3, backend=backend)
+def test_a_state_of_another_number_of_envs_is_refused(classic_backend: str) -> None:
+    env = vec("CartPole-v1", 3, backend=classic_backend)
     env.reset()
     with pytest.raises(ValueError, match="a state of 3 envs does not fit 2 envs"):
-        vec("Counter-v0", 2, backend=backend).load_state_dict(env.state_dict())
+        vec("CartPole-v1", 2, backend=classic_backend).load_state_dict(env.state_dict())
 
 
 @pytest.mark.parametrize("where", ["obs", "reward", "end"])
@@ -544,9 +578,9 @@ def test_only_the_outermost_standard_wrappers_are_taken_off() -> None:
     assert type(own.env) is OrderEnforcing
 
 
-def test_stepping_before_the_reset_is_refused(backend: str) -> None:
+def test_stepping_before_the_reset_is_refused(classic_backend: str) -> None:
     with pytest.raises(RuntimeError, match="call reset or load_state_dict before step"):
-        vec("CartPole-v1", backend=backend).step(torch.zeros(2, dtype=torch.int64))
+        vec("CartPole-v1", backend=classic_backend).step(torch.zeros(2, dtype=torch.int64))
 
 
 def test_the_notice_of_a_newer_version_does_not_reach_the_user() -> None:
@@ -646,12 +680,17 @@ def test_wrong_keyword_arguments_are_answered_with_the_right_ones() -> None:
 
 
 @pytest.mark.parametrize("limit", [0, -1])
-def test_a_time_limit_below_one_step_is_refused(limit: int) -> None:
-    assert refusal("CartPole-v1", max_episode_steps=limit).startswith(f"env.max_episode_steps={limit}: ")
+def test_a_time_limit_below_one_step_is_refused(classic_backend: str, limit: int) -> None:
+    text = refusal("CartPole-v1", backend=classic_backend, max_episode_steps=limit)
+    assert text.startswith(f"env.max_episode_steps={limit}: ")
 
 
 def test_an_unknown_backend_is_refused() -> None:
-    assert "Use env.backend=gymnasium" in refusal("CartPole-v1", backend="abacus")
+    assert "Use env.backend=gymnasium or torch" in refusal("CartPole-v1", backend="abacus")
+
+
+def test_the_command_line_knows_every_backend() -> None:
+    assert CHOICES["backend"] == tuple(BACKENDS)
 
 
 @pytest.mark.parametrize(("where", "at", "step"), [("step", 3, 4), ("step", 7, 3), ("reset", 0, 0), ("reset", 2, 0)])

@@ -188,3 +188,8 @@ def test_the_bootstrap_interval_at_its_edges() -> None:
     assert bootstrap_interval(x, iqm, seed=1) == bootstrap_interval(x, iqm, seed=1)
     wide, narrow = (bootstrap_interval(x, iqm, level=level) for level in (0.99, 0.5))
     assert wide[0] < narrow[0] <= narrow[1] < wide[1]
+
+
+def test_an_agent_of_another_backend_plays_gymnasiums_env() -> None:
+    played = [evaluate(Still(), EnvConfig("CartPole-v1", backend), 5, seed=3) for backend in ("torch", "gymnasium")]
+    assert played[0] == played[1]

@@ -6,6 +6,7 @@ import copy
 import errno
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -122,13 +123,26 @@ def test_evaluate_writes_its_file_and_leaves_the_run_alone(tmp_path: Path, capsy
     assert "IQM" in capsys.readouterr().out
 
 
+def test_a_run_makes_its_envs_on_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[object] = []
+
+    def make_vec(config: object, num_envs: int, seed: int, device: str) -> None:
+        made.extend([num_envs, seed, device])
+        raise UserError("enough")
+
+    monkeypatch.setattr("pgrl.runs.make_vec", make_vec)
+    with pytest.raises(UserError, match="enough"):
+        build(replace(compose([*PPO, "env.backend=torch"]), device="cuda:3"))
+    assert made == [4, 3, "cuda:3"]
+
+
 def test_rows_count_env_steps_over_all_envs(tmp_path: Path) -> None:
     rows = read_rows(run(tmp_path, "run", *PPO, "total_timesteps=1280", "log_every=1"))
     assert [row["step"] for row in rows] == list(range(128, 1281, 128))
     assert [row["charts/updates"] for row in rows] == [16.0 * (i + 1) for i in range(10)]
 
 
-@pytest.mark.parametrize("algo", [PPO, A2C], ids=["ppo", "a2c"])
+@pytest.mark.parametrize("algo", [PPO, A2C, [*PPO, "env.backend=torch"]], ids=["ppo", "a2c", "ppo-torch"])
 def test_snapshot_does_not_change_with_the_run(algo: list[str]) -> None:
     """What a signal writes is the state of a boundary: weights, moments, statistics, all of the same moment."""
     config = compose([*algo, *QUIET, "algo.norm_obs=true", "algo.norm_reward=true"])

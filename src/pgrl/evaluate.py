@@ -49,7 +49,7 @@ def evaluate(
 
     Each env plays a share of the episodes fixed beforehand, so short episodes are not over-represented. Episodes of an
     env without a time limit are cut after LONGEST steps: a policy that stands still would never end them. An agent
-    trained in EnvPool's envs plays in Gymnasium's, where these are the same (`to_evaluate`).
+    trained in the envs of another backend plays in Gymnasium's, where these are the same (`to_evaluate`).
     """
     env_config = to_evaluate(env_config)
     if env_config.max_episode_steps is None and env_ids.time_limit(env_config.id, env_config.backend) is None:

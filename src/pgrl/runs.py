@@ -166,7 +166,7 @@ def build(config: RunConfig) -> Run:
     torch.manual_seed(config.seed)
     np.random.seed(config.seed % 2**32)
     random.seed(config.seed)
-    env = make_vec(config.env, config.num_envs, config.seed)
+    env = make_vec(config.env, config.num_envs, config.seed, config.device)
     try:
         refuse_too_large(config, env)
         if vars(config.algo).get("norm_obs") and env.obs_space.dtype == "uint8":

@@ -39,6 +39,8 @@ CASES = {
     "sac-box2d": ["algo=sac", "env=LunarLanderContinuous-v3", "total_timesteps=3000", "algo.utd_ratio=0.5"],
     "ddpg-classic": ["algo=ddpg", "env=Pendulum-v1", "total_timesteps=4000", "algo.noise=ou"],
     "ddpg-mujoco": ["algo=ddpg", "experiment=td3", "env=HalfCheetah-v4", "total_timesteps=3000", "num_envs=2"],
+    "ppo-torch": ["algo=ppo", "env=CartPole-v1", "env.backend=torch", "total_timesteps=49152", "num_envs=8"],
+    "sac-torch": ["algo=sac", "env=Pendulum-v1", "env.backend=torch", "total_timesteps=3000", "num_envs=2"],
     "dpg-linear": ["algo=dpg", "env=pgrl/LinearQuadratic-v0", "total_timesteps=24000", "num_envs=8"],
 }
 COMMON = {
@@ -154,6 +156,7 @@ def interrupted(run_dir: Path, args: list[str], kills: int, seed: int, longest: 
         "ppo-classic",
         "a2c-box2d",
         "ppo-mujoco",
+        "ppo-torch",
         "reinforce-classic",
         "trpo-mujoco",
         "dpg-linear",

@@ -147,7 +147,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "activation": ("tanh", "relu", "elu", "silu", "gelu"),
     "init": ("orthogonal", "xavier"),
     "distribution": ("gaussian", "squashed", "beta"),
-    "backend": ("gymnasium", "envpool"),
+    "backend": ("gymnasium", "envpool", "torch"),
     "noise": ("gaussian", "ou"),
 }
 

@@ -2,14 +2,18 @@
 
 from collections.abc import Callable
 
+import torch
+
 from pgrl.envs.base import EnvConfig, Episode, VecEnv
 from pgrl.envs.envpool import EnvPoolVecEnv, to_evaluate
 from pgrl.envs.gymnasium import GymnasiumVecEnv
+from pgrl.envs.torch_classic import TorchVecEnv
 from pgrl.errors import UserError
 
-BACKENDS: dict[str, Callable[[EnvConfig, int, int], VecEnv]] = {
-    "gymnasium": GymnasiumVecEnv,
-    "envpool": EnvPoolVecEnv,
+BACKENDS: dict[str, Callable[[EnvConfig, int, int, torch.device], VecEnv]] = {
+    "gymnasium": lambda config, num_envs, seed, _: GymnasiumVecEnv(config, num_envs, seed),  # these two on the CPU
+    "envpool": lambda config, num_envs, seed, _: EnvPoolVecEnv(config, num_envs, seed),
+    "torch": TorchVecEnv,
 }
 
 __all__ = [
@@ -18,16 +22,17 @@ __all__ = [
     "EnvPoolVecEnv",
     "Episode",
     "GymnasiumVecEnv",
+    "TorchVecEnv",
     "VecEnv",
     "make_vec",
     "to_evaluate",
 ]
 
 
-def make_vec(config: EnvConfig, num_envs: int, seed: int) -> VecEnv:
-    """`num_envs` environments of `config`, their episodes seeded from `seed`."""
+def make_vec(config: EnvConfig, num_envs: int, seed: int, device: torch.device | str = "cpu") -> VecEnv:
+    """`num_envs` environments of `config`, their episodes seeded from `seed`, on `device` where the backend can."""
     if config.backend not in BACKENDS:
         raise UserError(
             f"env.backend={config.backend}: there is no such backend.\nUse env.backend={' or '.join(BACKENDS)}"
         )
-    return BACKENDS[config.backend](config, num_envs, seed)
+    return BACKENDS[config.backend](config, num_envs, seed, torch.device(device))

@@ -19,7 +19,7 @@ class EnvConfig:
     """Which environments a run uses (`env.*`)."""
 
     id: str = "CartPole-v1"  # a registered Gymnasium id, or package:Id-v0; with envpool, one of its own
-    backend: str = "gymnasium"  # who steps them: gymnasium, envpool
+    backend: str = "gymnasium"  # who steps them: gymnasium, envpool, or torch: classic control as tensors on `device`
     max_episode_steps: int | None = None  # another time limit than the registered one
     kwargs: dict[str, Any] = field(default_factory=dict)  # passed to gymnasium.make or envpool.make
 

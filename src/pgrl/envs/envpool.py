@@ -212,11 +212,13 @@ def quiet() -> Iterator[None]:
 
 
 def to_evaluate(config: EnvConfig) -> EnvConfig:
-    """Gymnasium's env where it is the one of an EnvPool config, so that returns compare with those of other runs.
+    """Gymnasium's env where a config means the same by another backend, so that returns compare with those of others.
 
-    It must have the id and look the same to an agent, and the config have no kwargs but those of threads; otherwise
-    this is `config` itself, as for any other backend.
+    The torch backend's always are. Of EnvPool's it must have the id and look the same to an agent, and the config have
+    no kwargs but those of threads; otherwise this is `config` itself.
     """
+    if config.backend == "torch":
+        return replace(config, backend="gymnasium")
     if config.backend != "envpool" or config.kwargs.keys() - THREADS:
         return config
     other = replace(config, backend="gymnasium", kwargs={})
