@@ -362,7 +362,7 @@ def test_tables_and_pictures_of_what_was_measured(tmp_path: Path) -> None:
         "starts": [3.0, 2.0, 2.5],
     }
     text = bench_peers.table(results)
-    assert "| 3,002 / 1,000 | **3.00** [3.00, 3.00] | 3 | 2 / 1 |" in text and f"\nB: cpu 2 x {names[1]}\n" in text
+    assert "| 3,002 / 1,000 | **3.00** [3.00, 3.00] | 5 | 2 / 1 |" in text and f"\nB: cpu 2 x {names[1]}\n" in text
     assert "3.0 s to its first env step" in text
     pytest.importorskip("matplotlib")
     bench_peers.plot(results, tmp_path / "peers.png")
