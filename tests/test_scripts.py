@@ -25,7 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 benchmark: Any = importlib.import_module("benchmark")
 bench_peers: Any = importlib.import_module("bench_peers")
 bench_acting: Any = importlib.import_module("bench_acting")
+bench_compile: Any = importlib.import_module("bench_compile")
 bench_fisher: Any = importlib.import_module("bench_fisher")
+bench_growth: Any = importlib.import_module("bench_growth")
 bench_updates: Any = importlib.import_module("bench_updates")
 reinforce_baselines: Any = importlib.import_module("reinforce_baselines")
 plot_curves: Any = importlib.import_module("plot_curves")
@@ -395,6 +397,32 @@ def test_updates_are_measured_in_turns(monkeypatch: pytest.MonkeyPatch, capsys: 
 def test_an_update_takes_longer_than_its_floor(algo: str) -> None:
     measured = bench_peers.fresh_process([bench_updates.__file__, "--child", algo, "eager", "1", "20"], 1)
     assert 0 < measured["floor"] < measured["gradient"] < measured["whole"]
+
+
+def test_what_repays_a_compilation() -> None:
+    eager = [{"compiler": 0.0, "update": 0.32, "steps": 320.0}]
+    cold, warm = ([{"compiler": c, "update": 0.16, "steps": 320.0}] for c in (10.0, 2.0))
+    line = bench_compile.line("ppo", {"eager": eager, "cold": cold, "warm": warm})
+    assert line == "| ppo | 10.0 | 2.0 | 1.00 | 0.50 | 2.00 | 20,000 | 4,000 |"
+    slower = [{"compiler": 10.0, "update": 0.64, "steps": 320.0}]
+    assert "| never | never |" in bench_compile.line("ppo", {"eager": eager, "cold": slower, "warm": slower})
+
+
+def test_growth_is_a_table_and_a_picture(tmp_path: Path) -> None:
+    point = {"collect": 20.0, "update": 5.0, "sps": 40_000.0, "memory_mb": 300.0, "random": 80_000.0}
+    sweeps = {name: [point for _ in values] for name, (values, _) in bench_growth.SWEEPS.items()}
+    assert "| width | 1,024 | 40,000 | 20.0 | 5.0 | 50% | 300 |" in bench_growth.table(sweeps)
+    for values, sizes in bench_growth.SWEEPS.values():
+        assert all(num_envs * num_steps % 512 == 0 for num_envs, num_steps, _ in map(sizes, values))
+    pytest.importorskip("matplotlib")
+    bench_growth.plot(sweeps, tmp_path / "growth.png")
+    assert (tmp_path / "growth.png").stat().st_size > 5000
+
+
+@pytest.mark.slow
+def test_a_point_of_growth_is_measured() -> None:
+    point = bench_peers.fresh_process([bench_growth.__file__, "--child", "8", "128", "64"], 1)
+    assert 0 < point["sps"] < point["random"] and point["memory_mb"] > 100
 
 
 def test_the_bench_of_acting_times_both_ways(capsys: pytest.CaptureFixture[str]) -> None:
