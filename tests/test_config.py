@@ -119,6 +119,14 @@ def test_compile_auto_does_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -
     assert "on cuda" in config.decide_compile(found)[1]
 
 
+def test_a_compiled_run_is_not_resumed_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = stopped_run(tmp_path / "run", "algo=ppo", "env=CartPole-v1", "compile=true")
+    assert config.compose([f"resume={folder}"]).compile is True
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(UserError, match="compile=True: the run's steps are compiled(.|\n)*install g"):
+        config.compose([f"resume={folder}"])
+
+
 def test_stopped_a3c_run_stays_on_the_cpu(tmp_path: Path) -> None:
     folder = stopped_run(tmp_path / "run", "algo=a3c", "env=Acrobot-v1")
     with pytest.raises(UserError, match="device=cuda: algo=a3c is for the CPU(.|\n)*Try: .* device=cpu"):

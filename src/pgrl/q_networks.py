@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import Any
 
 import gymnasium.spaces as spaces
@@ -65,6 +65,9 @@ class DeterministicPolicy(nn.Module):
         return (action - self.center) / self.radius if self.affine else action
 
 
+Layer = tuple[Tensor, Tensor, Tensor | None]  # weights, biases, and a layer norm's factors and summands
+
+
 class Critics(nn.Module):
     """Several networks Q(s, a) that begin differently, computed together: layer by layer one product for all of them.
 
@@ -97,9 +100,7 @@ class Critics(nn.Module):
             self.norms.extend(nn.Parameter(start.repeat(count, 1, n)) for n in network.hidden_sizes)
         self._activation = ACTIVATIONS[network.activation]
         # what `forward` reads: each look into a ParameterList costs as much as a small operation
-        self._layers: list[tuple[Tensor, ...]] = [
-            (*pair, *list(self.norms)[i : i + 1]) for i, pair in enumerate(zip(self.weights, self.biases, strict=True))
-        ]
+        self._layers: list[Layer] = list(zip_longest(self.weights, self.biases, self.norms))
 
     def forward(self, obs: Tensor, action: Tensor | None = None) -> Tensor:
         """What each says, [count, N], of actions [N, A] in the policy's units; where one is chosen among K, of [N], or
@@ -108,13 +109,14 @@ class Critics(nn.Module):
         return self._q(list(self.encoders), self._layers, obs, action)
 
     def first(self, obs: Tensor, action: Tensor) -> Tensor:
-        """What the first one says, [N]; its weights count as constants."""
-        layers = [tuple(p.detach()[:1] for p in layer) for layer in self._layers]
+        """What the first one says, [N], to be differentiated by the action: its layers count as constants."""
+        layers = [
+            (weight.detach()[:1], bias.detach()[:1], None if norm is None else norm.detach()[:1])
+            for weight, bias, norm in self._layers
+        ]
         return self._q([self.encoders[0]], layers, obs, action)[0]
 
-    def _q(
-        self, encoders: list[nn.Module], layers: list[tuple[Tensor, ...]], obs: Tensor, action: Tensor | None
-    ) -> Tensor:
+    def _q(self, encoders: list[nn.Module], layers: list[Layer], obs: Tensor, action: Tensor | None) -> Tensor:
         """What these encoders and layers say, [len(encoders), N] or [len(encoders), N, K]."""
         given = None if self.discrete else action
         if self._share_input:
@@ -123,13 +125,13 @@ class Critics(nn.Module):
         else:
             x = torch.stack([encoder.forward(obs) for encoder in encoders])
             x = x if given is None else torch.cat([x, given.expand(len(x), -1, -1)], -1)
-        *hidden, (weight, bias) = layers
-        for w, b, *norm in hidden:
-            x = torch.baddbmm(b, x, w)
-            if norm:
-                factor, summand = norm[0].split(1, 1)
+        for weight, bias, norm in layers[:-1]:
+            x = torch.baddbmm(bias, x, weight)
+            if norm is not None:
+                factor, summand = norm.split(1, 1)
                 x = F.layer_norm(x, x.shape[-1:]) * factor + summand
             x = self._activation(x)
+        weight, bias, _ = layers[-1]
         q = torch.baddbmm(bias, x, weight)
         if not self.discrete:
             return q.squeeze(-1)

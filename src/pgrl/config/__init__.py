@@ -243,6 +243,9 @@ def resumed(config: RunConfig, given: dict[str, str]) -> RunConfig:
     keys = schema.keys(RunConfig, type(run.algo))
     problems = [*checks.wrong_values(run, keys), *checks.wrong_asynchronous(run)]
     problems += checks.wrong_env(run.env.id, run.env.backend)
+    if run.compile is True and not checks.has_compiler():
+        why = "the run's steps are compiled, and there is no C++ compiler, g++ or clang++: eager ones round differently"
+        problems.append(Problem("compile", True, why, command="apt-get install g++"))
     problems += [] if any(p.key == "device" for p in problems) else checks.wrong_device(run.device)
     if problems:
         raise Wrong(*problems)

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple, Protocol
 import gymnasium.spaces as spaces
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from pgrl.data import Step
@@ -61,11 +60,11 @@ class VecEnv(Protocol):
     def close(self) -> None: ...
 
 
-def new_step(obs: NDArray[Any]) -> Step:
+def new_step(obs: Tensor) -> Step:
     """Room for an answer of envs whose observations are like these, [B, *obs]."""
-    rows = [torch.from_numpy(np.empty_like(obs)) for _ in range(2)]
-    flags = torch.empty(2, len(obs), dtype=torch.bool)
-    return Step(rows[0], torch.empty(len(obs)), flags[0], flags[1], rows[1])
+    flags = torch.empty(2, len(obs), dtype=torch.bool, device=obs.device)
+    reward = torch.empty(len(obs), device=obs.device)
+    return Step(torch.empty_like(obs), reward, flags[0], flags[1], torch.empty_like(obs))
 
 
 def episode_seed(run_seed: int, env_index: int, episode_index: int) -> int:

@@ -65,7 +65,7 @@ class EnvPoolVecEnv:
     def step(self, action: Tensor, out: Step | None = None) -> Step:
         if self._pool is None:
             raise RuntimeError("call reset or load_state_dict before step")
-        out = new_step(self._obs) if out is None else out
+        out = new_step(torch.from_numpy(self._obs)) if out is None else out
         obs, reward, terminated, truncated, next_obs = getattr(out, "arrays", None) or [x.numpy() for x in out]
         row, gain, over, cut, _ = self._pool.step(self._to_env(action))
         self._return += gain
@@ -211,15 +211,12 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def to_evaluate(config: EnvConfig) -> EnvConfig:
-    """Gymnasium's env where a config means the same by another backend, so that returns compare with those of others.
+def in_gymnasium(config: EnvConfig) -> EnvConfig:
+    """Gymnasium's env where an EnvPool config means the same there, otherwise `config` itself.
 
-    The torch backend's always are. Of EnvPool's it must have the id and look the same to an agent, and the config have
-    no kwargs but those of threads; otherwise this is `config` itself.
+    Gymnasium must have the id, it must look the same to an agent, and the config have no kwargs but those of threads.
     """
-    if config.backend == "torch":
-        return replace(config, backend="gymnasium")
-    if config.backend != "envpool" or config.kwargs.keys() - THREADS:
+    if config.kwargs.keys() - THREADS:
         return config
     other = replace(config, backend="gymnasium", kwargs={})
     try:

@@ -54,7 +54,7 @@ class GymnasiumVecEnv:
     def step(self, action: Tensor, out: Step | None = None) -> Step:
         if not self._begun:
             raise RuntimeError("call reset or load_state_dict before step")
-        out = new_step(self._obs) if out is None else out
+        out = new_step(torch.from_numpy(self._obs)) if out is None else out
         obs, reward, terminated, truncated, next_obs = getattr(out, "arrays", None) or [x.numpy() for x in out]
         actions = self._to_env(action)
         steps = self._history.append(actions)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pgrl.data import Step, restore_generator
-from pgrl.envs.base import EnvConfig, Episode, episode_seed
+from pgrl.envs.base import EnvConfig, Episode, episode_seed, new_step
 from pgrl.envs.make import make, peel
 from pgrl.envs.spaces import obs_rows
 from pgrl.errors import UserError
@@ -284,7 +284,7 @@ class TorchVecEnv:
     def step(self, action: Tensor, out: Step | None = None) -> Step:
         if not self._begun:
             raise RuntimeError("call reset or load_state_dict before step")
-        out = self._new_step() if out is None else out
+        out = new_step(self.obs()) if out is None else out
         action = action.reshape(self.num_envs)  # each of these envs takes one number
         if self._bounds is not None:
             action = action.clamp(*self._bounds)
@@ -351,8 +351,3 @@ class TorchVecEnv:
         torch.mul(self._length, ended, out=self._ended_length[self._rows])
         self._ended_return[self._rows].copy_(self._return)
         self._rows += 1
-
-    def _new_step(self) -> Step:
-        rows = torch.empty(2, self.num_envs, *self.obs_space.shape, device=self.device)
-        flags = torch.empty(2, self.num_envs, dtype=torch.bool, device=self.device)
-        return Step(rows[0], torch.empty(self.num_envs, device=self.device), flags[0], flags[1], rows[1])
