@@ -1117,8 +1117,11 @@ def test_off_is_the_limit_of_on(keys: dict[str, Any], same: dict[str, Any]) -> N
         (A2CConfig, {"num_steps": 32}),
         (REINFORCEConfig, {}),
         (REINFORCEConfig, {"baseline": None}),
-        (NPGConfig, {"num_steps": 32, "damping": 0.5}),
-        (TRPOConfig, {"num_steps": 32}),
+        (
+            NPGConfig,
+            {"num_steps": 32, "damping": 0.5},
+        ),  # with little damping, 64 states leave their Fisher matrix nearly
+        (TRPOConfig, {"num_steps": 32, "damping": 0.5}),  # singular, and conjugate gradients magnify rounding
         (DDPGConfig, {}),
         (DDPGConfig, EVERYTHING[DDPGConfig]),
         (DDPGConfig, {**EVERYTHING[DDPGConfig], "per_alpha": None}),
