@@ -70,6 +70,7 @@ ZOO, ZOO_20K, ZOO_50K, ZOO_100K, ZOO_500K = (
 )
 BEST = "best published mean over seeds, 1M, MuJoCo v2-v4"
 BEST_100K = "best published mean over seeds, 100k, MuJoCo v2-v4"
+BEST_300K = "best published mean over seeds, 300k, MuJoCo v2-v4"
 ENGSTROM = "Engstrom et al. 2020, training return, 1M, v2"
 COMPILED = ("compile=true",)
 RICCATI = "the best controller there is, on the same 20 episodes"
@@ -103,6 +104,10 @@ SUITES = (
     Suite("sac-hopper", "sac", "Hopper-v4", 100_000, 2000, 2613, BEST_100K, extra=COMPILED),
     Suite("sac-lunarlander-continuous", "sac", "LunarLanderContinuous-v3", 100_000, 180, 260, ZOO_500K, extra=COMPILED),
     Suite("ddpg-halfcheetah", "ddpg", "HalfCheetah-v4", 100_000, 5500, 6308, BEST_100K, extra=COMPILED),
+    Suite("sac-halfcheetah-300k", "sac", "HalfCheetah-v4", 300_000, 9000, 9163, BEST_300K, extra=COMPILED),
+    Suite("sac-hopper-300k", "sac", "Hopper-v4", 300_000, 3200, 3388, BEST_300K, extra=COMPILED),
+    Suite("sac-walker2d-300k", "sac", "Walker2d-v4", 300_000, 3000, 3387, BEST_300K, extra=COMPILED),
+    Suite("ddpg-halfcheetah-300k", "ddpg", "HalfCheetah-v4", 300_000, 8500, 9137, BEST_300K, extra=COMPILED),
     Suite("trpo-swimmer", "trpo", "Swimmer-v4", 1_000_000, 340, 359, BEST, extra=COMPILED),
     Suite("dpg-linear-quadratic", "dpg", "pgrl/LinearQuadratic-v0", 64_000, -55.08, -54.54, RICCATI, every_seed=True),
 )
