@@ -24,7 +24,8 @@ LAYERS = (
     ("config", "logger"),
     ("checkpoint", "theory"),
     ("agents", "envs"),
-    ("acting", "q_networks", "replay"),
+    ("acting", "replay"),
+    ("q_networks",),
     ("networks", "normalisers", "data", "optim"),
     (
         "flat",

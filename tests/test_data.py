@@ -33,7 +33,7 @@ def test_the_next_obs_to_act_on_is_where_the_env_wrote_it() -> None:
         step.obs.fill_(float(t + 1))
         assert (r.obs[t + 1] == t + 1).all()
     r.begin(torch.full((B, 2), 100.0))
-    obs = r.transition().obs
+    obs = r.transition.obs
     assert obs[:, 0, 0].tolist() == [100, 1, 2, 3, 4] and obs.shape == (T, B, 2)
 
 
@@ -44,7 +44,7 @@ def test_rows_are_views_of_the_transition() -> None:
         for k, field in enumerate(step[1:]):
             field.copy_(torch.full_like(field, t + 10 * k) if field.dtype == torch.float32 else field.new_tensor(t % 2))
         r.put(t, torch.full((B,), t))
-    transition = r.transition()
+    transition = r.transition
     assert transition.reward.tolist() == [[t] * B for t in range(T)]
     assert transition.terminated.tolist() == [[t % 2 == 1] * B for t in range(T)]
     assert transition.truncated.tolist() == transition.terminated.tolist()
@@ -59,20 +59,20 @@ def test_rollouts_follow_each_other() -> None:
     r = rollout()
     r.steps[-1].obs.fill_(7.0)
     r.begin(r.obs[-1])  # the last answer is the first obs of the next rollout
-    assert (r.transition().obs[0] == 7).all()
+    assert (r.transition.obs[0] == 7).all()
     r.obs[0].fill_(1.0)
     assert (r.obs[-1] == 7).all()
 
 
 def test_transition_is_named_as_agents_expect() -> None:
     assert Transition._fields == ("obs", "action", "reward", "next_obs", "terminated", "truncated")
-    t = rollout().transition()
+    t = rollout().transition
     assert (t.terminated.dtype, t.truncated.dtype, t.reward.dtype) == (torch.bool, torch.bool, torch.float32)
 
 
 def test_images_stay_bytes() -> None:
     space = spaces.Box(0, 255, (4, 4, 3), np.uint8)
-    t = rollout(space).transition()
+    t = rollout(space).transition
     assert t.obs.dtype == t.next_obs.dtype == torch.uint8 and t.obs.shape == (T, B, 4, 4, 3)
 
 
@@ -90,7 +90,7 @@ def test_images_stay_bytes() -> None:
 )
 def test_action_rows(space: spaces.Space, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     assert action_rows(space) == (shape, dtype)
-    action = rollout(action=space).transition().action
+    action = rollout(action=space).transition.action
     assert action.shape == (T, B, *shape) and action.dtype == dtype
 
 

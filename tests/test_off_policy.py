@@ -205,8 +205,8 @@ def test_ddpg_is_the_paper(td3: bool) -> None:
     keys = {"twin": True, "target_noise": 0.2, "target_noise_clip": 0.3, "policy_delay": 2} if td3 else {}
     agent = make(DDPGConfig, tau=0.1, **keys)
     play(agent, 16)
-    actor = plain(agent.net.body, agent.net.head, nn.Tanh())
-    slow_actor = plain(agent.target_net.body, agent.target_net.head, nn.Tanh())
+    actor = plain(agent.net.body, agent.net.policy_head, nn.Tanh())
+    slow_actor = plain(agent.target_net.body, agent.target_net.policy_head, nn.Tanh())
     qs = plain_qs(agent.critics)
     slow_qs = plain_qs(agent.target_critics)
     assert len(qs) == 1 + td3
@@ -355,9 +355,9 @@ def test_coloured_noise_drifts_and_begins_anew() -> None:
     noise = copy.deepcopy(agent.noise).next(ENVS)
     center, radius = agent.net.center, agent.net.radius
     with torch.no_grad():
-        expected = agent.net(obs) + 0.5 * drift + 0.01 * noise
+        expected = agent.net(obs) + 0.5 * drift + noise
         torch.testing.assert_close(agent.act(obs), center + radius * expected)
-    torch.testing.assert_close(agent.drift, 0.5 * drift + 0.01 * noise)
+    torch.testing.assert_close(agent.drift, 0.5 * drift + noise)
     ended = torch.tensor([[True, False]])
     step = Transition(obs, agent.act(obs).detach(), torch.zeros(ENVS), obs, *[torch.zeros(ENVS, dtype=torch.bool)] * 2)
     rollout = Transition(*(x.unsqueeze(0) for x in step))

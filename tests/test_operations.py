@@ -37,14 +37,14 @@ class Counts(NamedTuple):
 ACCEPTED = {
     "a2c": Counts(act=3, collect=1, update=224, step=0, waits=1),
     "a3c": Counts(act=3, collect=1, update=224, step=0, waits=1),
-    "ddpg": Counts(act=13, collect=72, update=515, step=217, waits=11),
+    "ddpg": Counts(act=3, collect=0, update=491, step=215, waits=8),
     "dpg": Counts(act=5, collect=33, update=88, step=0, waits=0),
-    "npg": Counts(act=3, collect=1, update=1735, step=56, waits=22),
+    "npg": Counts(act=3, collect=1, update=1733, step=55, waits=22),
     "ppo": Counts(act=3, collect=1, update=537, step=203, waits=1),
-    "reinforce": Counts(act=3, collect=1, update=323, step=56, waits=2),
-    "sac": Counts(act=15, collect=88, update=675, step=297, waits=11),
-    "trpo": Counts(act=3, collect=1, update=1741, step=56, waits=25),
-    "sac, discrete": Counts(act=10, collect=56, update=539, step=229, waits=11),
+    "reinforce": Counts(act=3, collect=1, update=320, step=55, waits=2),
+    "sac": Counts(act=3, collect=0, update=649, step=294, waits=8),
+    "trpo": Counts(act=3, collect=1, update=1739, step=55, waits=25),
+    "sac, discrete": Counts(act=3, collect=0, update=513, step=226, waits=8),
 }
 DISCRETE = "sac, discrete"
 

@@ -33,8 +33,8 @@ class Descent:
 
     def __init__(self, vector: Tensor) -> None: ...
 
-    def __call__(self, vector: Tensor, gradient: Tensor, lr: Tensor, divisor: Tensor) -> None:
-        vector.sub_(lr * gradient / divisor)
+    def __call__(self, vector: Tensor, gradient: Tensor, lr: Tensor, divisor: Tensor | None) -> None:
+        vector.sub_(lr * gradient if divisor is None else lr * gradient / divisor)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {}

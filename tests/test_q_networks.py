@@ -80,9 +80,12 @@ def test_a_deterministic_policy_stays_within_the_bounds() -> None:
     assert (action.abs() <= 1).all()
     low, high = torch.tensor(BOUNDED.low), torch.tensor(BOUNDED.high)
     for end, bound in ((-1.0, low), (1.0, high)):
-        assert torch.allclose(policy.to_env_units(torch.full((1, 3), end)), bound)
-    units = policy.to_env_units(action)
+        assert torch.allclose(policy.sample(x, torch.full((len(x), 3), 9 * end)), bound)
+    units = policy.mode(x)
     assert ((units >= low) & (units <= high)).all()
     torch.testing.assert_close(policy.to_policy_units(units), action)
+    noise = 0.1 * torch.ones_like(action)
+    noisy = policy.to_policy_units(policy.sample(x, noise))
+    torch.testing.assert_close(noisy, (action + noise).clamp(max=1.0))
     with pytest.raises(UserError, match="algo=ddpg needs finite action bounds(.|\n)*algo=ppo"):
         DeterministicPolicy(OBS, UNBOUNDED, OffPolicyNetworkConfig())

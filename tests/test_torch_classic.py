@@ -252,9 +252,9 @@ def test_a_step_waits_for_no_device(name: str, monkeypatch: pytest.MonkeyPatch) 
     rollout = Rollout(5, 3, env.obs_space, env.action_space, device)
     rollout.begin(env.reset())
     for t, step in enumerate(rollout.steps):
-        rollout.put(t, torch.zeros_like(rollout.transition().action[t]))
-        env.step(rollout.transition().action[t], out=step)
-    action = rollout.transition().action[0]
+        rollout.put(t, torch.zeros_like(rollout.transition.action[t]))
+        env.step(rollout.transition.action[t], out=step)
+    action = rollout.transition.action[0]
     assert {x.device for x in (env.obs(), *env.step(action), *held(env))} == {device}
     with pytest.raises(NotImplementedError, match="nonzero"):  # numbers are out of reach
         env.episodes()

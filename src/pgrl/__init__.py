@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pgrl.agents import Agent
 
+# Read when numpy loads its BLAS: agents act with it, one call at a time, and for that more threads are no gain.
+if "numpy" not in sys.modules:
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Read when torch loads GNU's OpenMP: how long a thread that waits for another keeps its core. By default that is so
 # long that two programs which share the cores all but stop each other.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")

@@ -42,7 +42,8 @@ class Rollout:
     """Room for T steps of B envs, allocated once; envs write their answers straight into its rows.
 
     `put(t, action)` takes the action of step t, and `steps[t]` the answer. The obs an agent acts on at t is
-    `obs[t]`, which is the `obs` of `steps[t - 1]`: one tensor of T + 1 rows serves both.
+    `obs[t]`, which is the `obs` of `steps[t - 1]`: one tensor of T + 1 rows serves both. `transition` is all T steps,
+    [T, B, ...]: views of this memory.
     """
 
     def __init__(
@@ -62,9 +63,9 @@ class Rollout:
         reward = torch.zeros(shape, device=device)
         terminated = torch.zeros(shape, dtype=torch.bool, device=device)
         truncated = torch.zeros(shape, dtype=torch.bool, device=device)
-        self._fields = (reward, terminated, truncated, next_obs)
+        self.transition = Transition(self._obs[:-1], self._action, reward, next_obs, terminated, truncated)
         self.obs, self._actions = self._obs.unbind(), self._action.unbind()
-        columns = (self.obs[1:], *(x.unbind() for x in self._fields))
+        columns = (self.obs[1:], *(x.unbind() for x in (reward, terminated, truncated, next_obs)))
         self.steps = [Row(*row) for row in zip(*columns, strict=True)]
         self._action_arrays: list[NDArray[Any]] = []
         if device.type == "cpu":
@@ -82,11 +83,6 @@ class Rollout:
             self._action_arrays[t][:] = action.numpy()  # half the price of torch's copy
         else:
             self._actions[t].copy_(action)
-
-    def transition(self) -> Transition:
-        """All T steps as tensors [T, B, ...], views of this rollout's memory."""
-        reward, terminated, truncated, next_obs = self._fields
-        return Transition(self._obs[:-1], self._action, reward, next_obs, terminated, truncated)
 
 
 def action_rows(space: spaces.Space[Any]) -> tuple[tuple[int, ...], torch.dtype]:

@@ -32,6 +32,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
 }
 
+LOG_STD_RANGE = -20.0, 2.0  # of log standard deviations that depend on the state
+
 
 @dataclass
 class NetworkConfig:
@@ -166,6 +168,7 @@ class Policy(nn.Module):
         self.distribution = policy.distribution if isinstance(action_space, spaces.Box) else "discrete"
         self.body = make_body(obs_space, network, list(network.hidden_sizes))
         self.log_std: nn.Parameter | None = None
+        self.log_std_init = policy.log_std_init
         actions = self._outputs()
         outputs = actions
         if isinstance(action_space, spaces.Box):
@@ -303,7 +306,7 @@ def with_own_std(
 ) -> DiagGaussian | SquashedGaussian:
     """Normals of a policy head's output [N, 2 A], which holds means and log standard deviations."""
     mean, log_std = out.chunk(2, -1)
-    return normal(mean, (log_std + log_std_init).clamp(-20.0, 2.0))
+    return normal(mean, (log_std + log_std_init).clamp(*LOG_STD_RANGE))
 
 
 @torch.no_grad()

@@ -20,12 +20,15 @@ from pgrl.flat import FlatParameters, flatten
 
 
 class Optimiser(Protocol):
-    """What a gradient [P], divided by `divisor` [], does to a vector [P] of parameters at the learning rate `lr` []."""
+    """What a gradient [P] does to a vector [P] of parameters at the learning rate `lr` [].
 
-    def __call__(self, vector: Tensor, gradient: Tensor, lr: Tensor, divisor: Tensor) -> None:
+    It counts divided by `divisor` [], which may then be done in place; None: as it is.
+    """
+
+    def __call__(self, vector: Tensor, gradient: Tensor, lr: Tensor, divisor: Tensor | None) -> None:
         """Change the vector in place."""
 
-    def change(self, gradient: Tensor, lr: Tensor, divisor: Tensor) -> Tensor:
+    def change(self, gradient: Tensor, lr: Tensor, divisor: Tensor | None) -> Tensor:
         """What to subtract from the vector, [P]."""
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -43,7 +46,7 @@ class Adam:
         self._steps = torch.zeros((), device=vector.device)
         self._eps, self._beta1, self._beta2 = eps, beta1, beta2
 
-    def __call__(self, vector: Tensor, gradient: Tensor, lr: Tensor, divisor: Tensor) -> None:
+    def __call__(self, vector: Tensor, gradient: Tensor, lr: Tensor, divisor: Tensor | None) -> None:
         self._steps.add_(1.0)
         torch._fused_adam_(
             [vector],
@@ -59,12 +62,12 @@ class Adam:
             eps=self._eps,
             amsgrad=False,
             maximize=False,
-            grad_scale=divisor.float(),  # of single precision whatever the parameters
+            grad_scale=None if divisor is None else divisor.float(),  # of single precision whatever the parameters
         )
 
-    def change(self, gradient: Tensor, lr: Tensor, divisor: Tensor) -> Tensor:
+    def change(self, gradient: Tensor, lr: Tensor, divisor: Tensor | None) -> Tensor:
         self._steps.add_(1.0)
-        gradient = gradient / divisor
+        gradient = gradient if divisor is None else gradient / divisor
         self._m.lerp_(gradient, 1.0 - self._beta1)
         self._v.mul_(self._beta2).addcmul_(gradient, gradient, value=1.0 - self._beta2)
         root = (self._v / (1.0 - self._beta2**self._steps)).sqrt() + self._eps
@@ -81,11 +84,11 @@ class RMSProp:
         self._v = torch.zeros_like(vector)
         self._alpha, self._eps = alpha, eps
 
-    def __call__(self, vector: Tensor, gradient: Tensor, lr: Tensor, divisor: Tensor) -> None:
+    def __call__(self, vector: Tensor, gradient: Tensor, lr: Tensor, divisor: Tensor | None) -> None:
         vector.sub_(self.change(gradient, lr, divisor))
 
-    def change(self, gradient: Tensor, lr: Tensor, divisor: Tensor) -> Tensor:
-        gradient = gradient / divisor
+    def change(self, gradient: Tensor, lr: Tensor, divisor: Tensor | None) -> Tensor:
+        gradient = gradient if divisor is None else gradient / divisor
         self._v.mul_(self._alpha).addcmul_(gradient, gradient, value=1.0 - self._alpha)
         return lr * gradient / (self._v + self._eps).sqrt()
 
@@ -106,7 +109,7 @@ class Group(FlatParameters):
         super().__init__(parameters)
         self.factor, self.optimiser = factor, optimiser(self.vector)
 
-    def step(self, gradient: Tensor, lr: Tensor, divisor: Tensor) -> None:
+    def step(self, gradient: Tensor, lr: Tensor, divisor: Tensor | None) -> None:
         lr = lr if self.factor == 1.0 else lr * self.factor
         if torch.compiler.is_compiling():  # the graph takes every parameter, and never learns that they share memory
             change = self.optimiser.change(gradient, lr, divisor)
@@ -169,10 +172,10 @@ class GradientStep:
                 group.step(part, lr, own)
             return (*(x.detach() for x in metrics), norm)
 
-    def _divisor(self, norm: Tensor) -> Tensor:
-        """What to divide gradients of this norm by, so that their norm is at most `max_grad_norm`."""
+    def _divisor(self, norm: Tensor) -> Tensor | None:
+        """What to divide gradients of this norm by, so that their norm is at most `max_grad_norm`; None: nothing."""
         if self._max_grad_norm is None:
-            return torch.ones_like(norm)
+            return None
         return ((norm + 1e-6) / self._max_grad_norm).clamp(min=1.0)
 
     def state_dict(self) -> dict[str, Any]:

@@ -42,21 +42,30 @@ class DeterministicPolicy(nn.Module):
                 f"algo=ddpg needs finite action bounds, but this env's are "
                 f"[{action_space.low.min()}, {action_space.high.max()}].\nUse: algo=ppo"
             )
-        self.actions = math.prod(action_space.shape)
+        self.action_space, self.actions = action_space, math.prod(action_space.shape)
+        self.distribution, self.log_std, self.log_std_init = "deterministic", None, 0.0  # what a `Policy` has
         self.body = make_body(obs_space, network, list(network.hidden_sizes))
-        self.head = nn.Linear(self.body.features, self.actions)
+        self.policy_head = nn.Linear(self.body.features, self.actions)
         for name, bound in units(action_space, rescale=True).items():
             self.register_buffer(name, bound, persistent=False)
         self.affine = bool((self.center != 0).any() or (self.radius != 1).any())
 
     def forward(self, obs: Tensor) -> Tensor:
-        return torch.tanh(F.linear(self.body.forward(obs), self.head.weight, self.head.bias))
+        return torch.tanh(F.linear(self.body.forward(obs), self.policy_head.weight, self.policy_head.bias))
 
     def noise(self, shape: tuple[int, ...], generator: Generator) -> Tensor:
         """Standard normal noise for `shape` actions."""
         return DiagGaussian.noise((*shape, self.actions), generator)
 
-    def to_env_units(self, action: Tensor) -> Tensor:
+    def sample(self, obs: Tensor, noise: Tensor) -> Tensor:
+        """Actions [N, A] in the env's units with noise [N, A], in the policy's, within the bounds."""
+        return self._to_env_units((self.forward(obs) + noise).clamp_(-1.0, 1.0))
+
+    def mode(self, obs: Tensor) -> Tensor:
+        """Actions [N, A] in the env's units, within its bounds."""
+        return self._to_env_units(self.forward(obs))
+
+    def _to_env_units(self, action: Tensor) -> Tensor:
         """Actions [N, A] in [-1, 1] in the env's units, within its bounds."""
         return torch.addcmul(self.center, action, self.radius).clamp(self.low, self.high) if self.affine else action
 

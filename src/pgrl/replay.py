@@ -198,24 +198,28 @@ class ReplayBuffer:
         shape, steps = self.layout, len(block.reward)
         if self._rows is None:
             self._allocate()
+        obs, action, reward, discount, link = self._columns
+        given = Transition(*map(plain, block))
         slot, stop = self._time % shape.size, self._time + steps
-        ended = block.terminated | block.truncated
-        if steps > 1 and not torch.equal(block.next_obs[:-1], block.obs[1:]):
-            ended[:-1] |= differ(block.next_obs[:-1], block.obs[1:], 2)
-        if len(self) and not torch.equal(self._obs[slot], block.obs[0]):
+        ended = given.terminated | given.truncated
+        if steps > 1 and (given.next_obs[:-1] != given.obs[1:]).any():
+            ended[:-1] |= plain(differ(block.next_obs[:-1], block.obs[1:], 2))
+        if len(self) and (obs[slot] != given.obs[0]).any():
             self._cut(differ(self._obs[slot], block.obs[0], 1))
         first = max(self._first, stop - shape.capacity)
-        link, ends = self._linked(ended, block.terminated)
-        if ends:
-            self._store(block.next_obs[ended], first if first < self._time else None)
+        links: Any = -2 - 2 * (self._next_end % ENTRIES)
+        if ended.any():
+            over = torch.as_tensor(ended)
+            links = plain(self._linked(over, block.terminated))
+            self._store(block.next_obs[over], first if first < self._time else None)
         self._keep(self._time + 1 - shape.size, stop + 1 - shape.size)
         rows, head = slice(slot, slot + steps), stop % shape.size
-        self._obs[rows] = block.obs
-        self._action[rows] = block.action
-        self._reward[rows] = block.reward
-        self._discount[rows] = torch.where(block.terminated, 0.0, self.gamma)
-        self._link[rows] = link
-        self._obs[head] = block.next_obs[-1]
+        obs[rows] = given.obs
+        action[rows] = given.action
+        reward[rows] = given.reward
+        discount[rows] = self.gamma * ~given.terminated
+        link[rows] = links
+        obs[head] = given.next_obs[-1]
         self._repeat(slot, slot + steps)
         self._repeat(head, head + 1)
         if self._tree is not None:
@@ -236,6 +240,7 @@ class ReplayBuffer:
         self._reward = field(rows, shape.reward_at, (), torch.float32)
         self._discount = field(rows, shape.reward_at + 4, (), torch.float32)
         self._link = field(rows, shape.reward_at + 8, (), torch.int32)
+        self._columns = [plain(x) for x in (self._obs, self._action, self._reward, self._discount, self._link)]
         self._rows = rows
         return rows
 
@@ -250,14 +255,11 @@ class ReplayBuffer:
         envs = torch.arange(self.layout.num_envs, device=self._device) * self.layout.length
         return (envs.unsqueeze(1) + slots).flatten()
 
-    def _linked(self, ended: Tensor, terminated: Tensor) -> tuple[Tensor, int]:
-        """The links of new rows, int32 in the shape of `ended`, and the number of entries that they name."""
-        count = int(ended.sum())
-        if not count:
-            return torch.full(ended.shape, -2 - 2 * (self._next_end % ENTRIES), device=ended.device).int(), 0
+    def _linked(self, ended: Tensor, terminated: Tensor) -> Tensor:
+        """The links, int32, of new rows, which `ended` and `terminated` are of in order of time and env."""
         one = ended.long()
         entry = (self._next_end + one.flatten().cumsum(0).view_as(one) - one) % ENTRIES
-        return torch.where(ended, 2 * entry + terminated, -2 - 2 * entry).int(), count
+        return torch.where(ended, 2 * entry + terminated, -2 - 2 * entry).int()
 
     def _store(self, obs: Tensor, oldest: int | None) -> None:
         """Append obs [n, *obs] to the ends; `oldest` is the oldest time whose ends are still needed, None: none is."""
@@ -297,7 +299,7 @@ class ReplayBuffer:
         ended = differs | (link >= 0)
         successors = self._obs[self._time % self.layout.size].clone()
         self._lead_elsewhere(successors, link)
-        links, _ = self._linked(ended, (link & 1).bool())
+        links = self._linked(ended, (link & 1).bool())
         self._store(successors[ended], self._first)
         self._keep(self._time - 1, self._time)
         self._link[last] = links
@@ -441,6 +443,11 @@ class ReplayBuffer:
             if start < end and snapshot.rows is not None:
                 slots = torch.arange(start, end, device=self._device) % self.layout.size
                 snapshot.kept.append((slots, snapshot.rows.index_select(0, slots)))
+
+
+def plain(x: Tensor) -> Any:
+    """The tensor, in main memory as an array: writing to one costs a third of what a small operation of torch does."""
+    return x.numpy() if x.is_cpu else x
 
 
 def differ(a: Tensor, b: Tensor, lead: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import platform
 import random
 import sys
@@ -118,8 +119,15 @@ def of_another_version(state: dict[str, Any], missing: KeyError) -> CheckpointEr
 
 def made_with(agent: Agent) -> dict[str, Any]:
     """What results depend on to the last bit, beside the configuration."""
+    blas = os.environ.get("OPENBLAS_NUM_THREADS", "as numpy chooses")
     kind = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {processor.multiplies_with()}"
-    return {**versions(), "threads": torch.get_num_threads(), "device": str(agent.device), "processor": kind}
+    return {
+        **versions(),
+        "threads": torch.get_num_threads(),
+        "numpy's threads": blas,
+        "device": str(agent.device),
+        "processor": kind,
+    }
 
 
 @cache

@@ -35,7 +35,7 @@ def collect(env: VecEnv, agent: Agent, rollout: Rollout, obs: Tensor, device: to
         action = agent.act(rollout.obs[t].to(device))
         rollout.put(t, action)
         env.step(action, out=step)
-    return Transition(*(x.to(device) for x in rollout.transition()))
+    return Transition(*(x.to(device) for x in rollout.transition))
 
 
 def train(config: RunConfig, run: Run, upkeep: Upkeep) -> None:

@@ -17,7 +17,7 @@ from pgrl.signals import Signals
 
 log = logging.getLogger("pgrl")
 
-SNAPSHOT_SECONDS = 0.5  # a stopped run repeats at most this much and one iteration when it goes on
+SNAPSHOT_SECONDS = 2.0  # a stopped run repeats at most this much and one iteration when it goes on
 
 
 class Upkeep:

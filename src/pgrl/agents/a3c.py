@@ -77,7 +77,7 @@ class SharedRMSProp(RMSProp):
         super().__init__(vector, alpha=alpha, eps=eps)
         self._shared = shared
 
-    def __call__(self, vector: Tensor, gradient: Tensor, lr: Tensor, divisor: Tensor) -> None:
+    def __call__(self, vector: Tensor, gradient: Tensor, lr: Tensor, divisor: Tensor | None) -> None:
         shared = self._shared()
         super().__call__(vector if shared is None else shared.vector, gradient, lr, divisor)
         if shared is not None:

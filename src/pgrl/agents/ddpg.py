@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import gymnasium.spaces as spaces
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from pgrl import functional
+from pgrl.acting import Actor
 from pgrl.agents.base import Agent, Setting, generator
 from pgrl.agents.off_policy import (
     NOISE_STEPS,
@@ -66,7 +67,7 @@ class DDPG(Agent):
         self.target_net, self.target_critics = copy.deepcopy(self.net), copy.deepcopy(self.critics)
         self.obs_norm = make_obs_norm(config, setting)
         self.buffer = make_buffer(config, setting)
-        self.noise = NoiseStream(self.net.noise, NOISE_STEPS, generator(setting.seed, 0, device))
+        self.noise = NoiseStream(self.draw_noise, NOISE_STEPS, generator(setting.seed, 0, device))
         self.random = generator(setting.seed, 1, device)  # the first actions
         self.draws = generator(setting.seed, 2, device)  # the noise inside updates
         self.drift = torch.zeros(setting.num_envs, self.net.actions, device=device)  # the state of noise=ou
@@ -78,20 +79,25 @@ class DDPG(Agent):
         self.step = compile_step(self.steps) if setting.compiled else self.steps
         self.target_policy = Target(self.target_net, self.actor_step.whole)
         self.target_q = Target(self.target_critics, self.critic_step.whole)
+        self.actor = Actor(self.net, self.obs_norm)
 
     def act(self, obs: Tensor, explore: bool = True) -> Tensor:
-        config, net = self.config, self.net
-        if explore and self.buffer.count < config.learning_starts:
+        if explore and self.buffer.count < self.config.learning_starts:
             return random_actions(self.action_space, len(obs), self.random)
-        action = net.forward(obs if self.obs_norm is None else self.obs_norm(obs))
-        if explore:
-            noise, scale = self.noise.next(len(obs)), config.noise_std
-            if config.noise == "ou":
-                if len(obs) != len(self.drift):  # other envs than those of training
-                    self.drift = torch.zeros_like(noise)
-                noise, scale = self.drift.mul_(1.0 - config.ou_theta).add_(noise, alpha=scale), 1.0
-            action = action.add(noise, alpha=scale).clamp_(-1.0, 1.0)
-        return net.to_env_units(action)
+        return self.actor.sample(obs, self.next_noise(len(obs))) if explore else self.actor.mode(obs)
+
+    def draw_noise(self, shape: tuple[int, ...], generator: Generator) -> Tensor:
+        """Normal noise of `noise_std` for `shape` actions."""
+        return self.net.noise(shape, generator).mul_(self.config.noise_std)
+
+    def next_noise(self, num_envs: int) -> Tensor:
+        """Noise for actions in [-1, 1]: normal, or with `noise=ou` an Ornstein-Uhlenbeck process."""
+        noise, config = self.noise.next(num_envs), self.config
+        if config.noise != "ou":
+            return noise
+        if num_envs != len(self.drift):  # other envs than those of training
+            self.drift = torch.zeros_like(noise)
+        return self.drift.mul_(1.0 - config.ou_theta).add_(noise)
 
     def update(self, rollout: Transition, progress: float) -> dict[str, Tensor]:
         self.buffer.add(rollout)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pgrl import functional
+from pgrl.acting import Actor
 from pgrl.agents.base import Agent, Setting, generator
 from pgrl.agents.off_policy import (
     NOISE_STEPS,
@@ -103,12 +104,12 @@ class SAC(Agent):
         self.temperature_step = gradient_step(config, self.temperature_loss, self.temperature)
         self.step = compile_step(self.steps) if setting.compiled else self.steps
         self.target = Target(self.target_critics, self.critic_step.whole)
+        self.actor = Actor(self.net, self.obs_norm)
 
     def act(self, obs: Tensor, explore: bool = True) -> Tensor:
         if explore and self.buffer.count < self.config.learning_starts:
             return random_actions(self.action_space, len(obs), self.random)
-        obs = obs if self.obs_norm is None else self.obs_norm(obs)
-        return self.net.sample(obs, self.next_noise(len(obs))) if explore else self.net.mode(obs)
+        return self.actor.sample(obs, self.next_noise(len(obs))) if explore else self.actor.mode(obs)
 
     def next_noise(self, num_envs: int) -> Tensor:
         """Noise for actions: standard normal; with `noise_correlation` an autoregressive process of that variance."""

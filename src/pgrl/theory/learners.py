@@ -23,11 +23,11 @@ class Recorder:
     def __init__(self, vector: Tensor) -> None:
         self.total = torch.zeros_like(vector)
 
-    def __call__(self, vector: Tensor, gradient: Tensor, lr: Tensor, divisor: Tensor) -> None:
+    def __call__(self, vector: Tensor, gradient: Tensor, lr: Tensor, divisor: Tensor | None) -> None:
         self.total += self.change(gradient, lr, divisor)
 
-    def change(self, gradient: Tensor, lr: Tensor, divisor: Tensor) -> Tensor:
-        return lr * gradient / divisor
+    def change(self, gradient: Tensor, lr: Tensor, divisor: Tensor | None) -> Tensor:
+        return lr * gradient if divisor is None else lr * gradient / divisor
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"total": self.total}
