@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 import warnings
 from pathlib import Path
@@ -21,7 +22,9 @@ from pgrl.config.checks import CHOICES
 from pgrl.data import Rollout, Step, action_rows
 from pgrl.envs import BACKENDS, EnvConfig, Episode, VecEnv, make_vec
 from pgrl.envs.base import episode_seed
+from pgrl.envs.gymnasium import GymnasiumVecEnv
 from pgrl.envs.make import make, peel
+from pgrl.envs.spaces import Choice, quicken
 from pgrl.errors import UserError
 
 SEED = 7
@@ -146,7 +149,7 @@ def test_answers_are_written_into_the_rows_of_a_rollout(classic_backend: str) ->
             assert_same(rollout.steps[t], twin.step(action))
             assert torch.equal(rollout.obs[t + 1], env.obs())
         assert [[x.data_ptr() for x in row] for row in rollout.steps] == where
-        transition = rollout.transition()
+        transition = rollout.transition
         assert transition.reward.data_ptr() == where[0][1] and transition.next_obs.data_ptr() == where[0][4]
         assert torch.equal(transition.next_obs[-1], rollout.steps[-1].next_obs)
         rollout.begin(rollout.obs[-1])
@@ -279,6 +282,27 @@ def test_choices_arrive_counted_shaped_and_typed(space: spaces.Space[Any], actio
             assert type(got) is int
         else:
             assert got.dtype == space.dtype
+
+
+@pytest.mark.parametrize("start", [0, -3])
+def test_a_quickened_space_is_what_it_was(start: int) -> None:
+    """Only faster: the same object, equal, with the same members and the same generator."""
+    plain, quick = (spaces.Discrete(3, seed=1, start=start) for _ in range(2))
+    quicken(quick)
+    assert isinstance(quick, Choice) and quick == plain and plain == quick and repr(quick) == repr(plain)
+    values = [*range(-5, 6), 2**63, True, 1.0, "0", None, *map(np.int64, range(-5, 6)), np.array(0), np.array([0])]
+    for x in values:
+        assert quick.contains(x) == plain.contains(x) and (x in quick) == (x in plain)
+    assert [quick.sample() for _ in range(9)] == [plain.sample() for _ in range(9)]
+    assert pickle.loads(pickle.dumps(quick)) == plain
+    box = spaces.Box(0.0, 1.0)
+    quicken(box)
+    assert type(box) is spaces.Box
+
+
+def test_envs_have_quickened_spaces() -> None:
+    env = GymnasiumVecEnv(EnvConfig("CartPole-v1"), 2, seed=1)
+    assert all(isinstance(one.unwrapped.action_space, Choice) for one in env._envs)
 
 
 def test_an_env_may_change_the_action_it_is_given_and_keep_it() -> None:
