@@ -40,7 +40,7 @@ ACCEPTED = {
     "ddpg": Counts(act=3, collect=0, update=491, step=215, waits=8),
     "dpg": Counts(act=5, collect=33, update=88, step=0, waits=0),
     "npg": Counts(act=3, collect=1, update=1733, step=55, waits=22),
-    "ppo": Counts(act=3, collect=1, update=537, step=203, waits=1),
+    "ppo": Counts(act=3, collect=1, update=529, step=203, waits=1),
     "reinforce": Counts(act=3, collect=1, update=320, step=55, waits=2),
     "sac": Counts(act=3, collect=0, update=649, step=294, waits=8),
     "trpo": Counts(act=3, collect=1, update=1739, step=55, waits=25),

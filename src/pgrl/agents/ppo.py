@@ -122,29 +122,28 @@ class PPO(Agent):
         lr, scalars = self._schedules(progress)
         batch = self._batch(rollout)
 
-        epochs: list[Metrics] = []
+        steps: list[Metrics] = []
         for epoch in range(config.update_epochs):
             if epoch and config.recompute_advantages:
                 batch = self._with_targets(batch, rollout)
             parts = minibatches(flatten_time(batch), config.num_minibatches, self.order if config.shuffle else None)
             if config.norm_adv == "minibatch":
                 parts = parts._replace(advantage=functional.normalise(parts.advantage, dim=1))
-            steps = [self.step(Batch(*part), lr, scalars) for part in zip(*parts, strict=True)]
-            epochs.append(Metrics(*map(torch.stack, zip(*steps, strict=True))))
-            kl = functional.approx_kl(epochs[-1].log_ratio)
+            steps += [Metrics(*self.step(Batch(*part), lr, scalars)) for part in zip(*parts, strict=True)]
             if config.adaptive_lr_kl is not None:
-                lr = self._adapt_lr(lr, kl)
-            if config.target_kl is not None and float(kl) > config.target_kl:
+                lr = self._adapt_lr(lr, self._kl(steps))
+            if config.target_kl is not None and float(self._kl(steps)) > config.target_kl:
                 break
         if config.kl_coef is not None:  # Schulman et al. 2017, section 4
+            kl = self._kl(steps)
             far, near = kl > 1.5 * config.kl_coef_target, kl < config.kl_coef_target / 1.5
             self.kl_coef.mul_(torch.where(far, 2.0, torch.where(near, 0.5, 1.0)))
-        self.updates += config.num_minibatches * len(epochs)
+        self.updates += len(steps)
 
         # last, so that a whole update sees the statistics under which the actions were taken
         if self.obs_norm is not None:
             self.obs_norm.update(raw_obs)
-        all_steps = Metrics(*map(torch.cat, zip(*epochs, strict=True)))
+        all_steps = Metrics(*map(torch.stack, zip(*steps, strict=True)))
         metrics = {
             "losses/policy_loss": all_steps.policy_loss.mean(),
             "losses/value_loss": all_steps.value_loss.mean(),
@@ -157,7 +156,7 @@ class PPO(Agent):
         if config.kl_coef is not None:
             metrics["losses/kl_coef"] = self.kl_coef.clone()
         if config.target_kl is not None:
-            metrics["losses/epochs"] = torch.tensor(float(len(epochs)))
+            metrics["losses/epochs"] = torch.tensor(float(len(steps) // config.num_minibatches))
         return {**metrics, "charts/learning_rate": lr, "charts/updates": self.updates.clone()}
 
     def loss(self, batch: Batch, scalars: Scalars) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -211,6 +210,10 @@ class PPO(Agent):
         lr = config.learning_rate * (left if config.anneal_lr else 1.0) * self.lr_factor
         clip_low, clip_high, ent_coef = torch.tensor([low * clip, high * clip, entropy], device=lr.device).unbind()
         return lr, Scalars(clip_low, clip_high, ent_coef, self.kl_coef)
+
+    def _kl(self, steps: list[Metrics]) -> Tensor:
+        """The KL divergence [] from the policy of the rollout, in the last epoch."""
+        return functional.approx_kl(torch.stack([x.log_ratio for x in steps[-self.config.num_minibatches :]]))
 
     def _adapt_lr(self, lr: Tensor, kl: Tensor) -> Tensor:
         """A lower rate after an epoch that moved twice too far, a higher one after one that moved half too little."""
