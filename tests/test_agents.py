@@ -1115,6 +1115,9 @@ def test_off_is_the_limit_of_on(keys: dict[str, Any], same: dict[str, Any]) -> N
     [
         (PPOConfig, {"norm_obs": True, "learning_rate": 1e-3, "num_minibatches": 2, "num_steps": 32}),
         (A2CConfig, {"num_steps": 32}),
+        (A2CConfig, EVERYTHING[A2CConfig]),
+        (A2CConfig, {**EVERYTHING[A2CConfig], "norm_value": False}),
+        (PPOConfig, EVERYTHING[PPOConfig]),
         (REINFORCEConfig, {}),
         (REINFORCEConfig, {"baseline": None}),
         (

@@ -194,15 +194,17 @@ def compile_step(step: Callable[..., T]) -> Callable[..., T]:
     """`step`, a method, as one graph for each shape of its arguments, differentiated and fused by inductor.
 
     Graphs are called without torch's guards, which would ask at every call whether what `step` reads of its object is
-    still what was compiled: for small networks a seventh of its time. So it must read there what does not change but
-    tensors of one shape. Of the arguments it is asked here, by `signature`.
+    still what was compiled: for small networks a seventh of its time. So it must read there nothing that changes but
+    tensors that keep their shapes, and none without dimensions of int64 or float64, which dynamo may make constants. Of
+    the arguments it is asked here, by `signature`.
     """
     import torch._dynamo.config as dynamo
 
     keep_graphs()
     dynamo.trace_autograd_ops = True  # without it torch.autograd.grad breaks the graph
     owner = step.__self__  # type: ignore[attr-defined]
-    compiled: Any = torch.compile(step, fullgraph=True, dynamic=False, options={"cpp_wrapper": True})
+    options: Any = {"cpp_wrapper": True, "guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+    compiled: Any = torch.compile(step, fullgraph=True, dynamic=False, options=options)
     graphs: dict[Any, Callable[..., T]] = {}
 
     def call(*arguments: Any) -> T:

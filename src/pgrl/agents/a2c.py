@@ -18,7 +18,7 @@ from pgrl.agents.base import Agent, Setting, generator
 from pgrl.agents.on_policy import AdvantageConfig, make_normalisers, prepare, targets
 from pgrl.data import NoiseStream, Transition, flatten_time
 from pgrl.networks import ActorCritic
-from pgrl.optim import Adam, GradientStep, RMSProp
+from pgrl.optim import Adam, GradientStep, RMSProp, compile_step
 
 
 @dataclass
@@ -61,39 +61,50 @@ class A2C(Agent):
         self.noise = NoiseStream(self.net.noise, config.num_steps, generator(setting.seed, 0, setting.device))
         self.updates = torch.zeros((), dtype=torch.int64)
         rmsprop = partial(RMSProp, alpha=config.rms_prop_alpha, eps=config.opt_eps)
+        # statistics of returns are numbers in double precision, which dynamo would make constants of a graph
+        whole = setting.compiled and self.value_norm is None
         self.step = GradientStep(
             self.loss,
             [(self.net.policy_parameters(), 1.0), (self.net.value_parameters(), 1.0)],
             rmsprop if config.optimizer == "rmsprop" else partial(Adam, eps=config.opt_eps),
             max_grad_norm=config.max_grad_norm,
-            compiled=setting.compiled,
+            compiled=setting.compiled and not whole,
         )
+        self.whole_step = compile_step(self.step_with_targets) if whole else self.step_with_targets
         self.actor = Actor(self.net, self.obs_norm)
 
     def act(self, obs: Tensor, explore: bool = True) -> Tensor:
         return self.actor.sample(obs, self.noise.next(len(obs))) if explore else self.actor.mode(obs)
 
     def update(self, rollout: Transition, progress: float) -> dict[str, Tensor]:
-        config, raw_obs = self.config, rollout.obs
-        rollout = prepare(config, self.net, self.obs_norm, self.reward_scaler, rollout)
-        value, advantage, returns = targets(config, self.net, self.value_norm, rollout)
-        if config.norm_adv:
-            advantage = functional.normalise(advantage)
+        return self.learn(rollout, *self.schedules(progress))
 
-        batch = flatten_time(Batch(rollout.obs, rollout.action, advantage, returns))
-        lr = torch.tensor(config.learning_rate * (1.0 - progress if config.anneal_lr else 1.0), device=value.device)
-        steps = self.step(batch, lr, ())
+    def schedules(self, progress: float) -> tuple[Tensor]:
+        """The learning rate [] at `progress`."""
+        config = self.config
+        lr = config.learning_rate * (1.0 - progress if config.anneal_lr else 1.0)
+        return (torch.tensor(lr, device=self.updates.device),)
+
+    def learn(self, rollout: Transition, lr: Tensor) -> dict[str, Tensor]:
+        """`update`, given what `schedules` says; it asks the host nothing."""
+        raw_obs = rollout.obs
+        rollout = prepare(self.config, self.net, self.obs_norm, self.reward_scaler, rollout)
+        metrics = self.whole_step(rollout, lr)
         self.updates += 1
 
         # last, so that a whole update sees the statistics under which the actions were taken
         if self.obs_norm is not None:
             self.obs_norm.update(raw_obs)
-        return {
-            **dict(zip(METRICS, steps, strict=True)),
-            "losses/explained_variance": functional.explained_variance(value, returns),
-            "charts/learning_rate": lr,
-            "charts/updates": self.updates.clone(),
-        }
+        return {**metrics, "charts/learning_rate": lr, "charts/updates": self.updates.clone()}
+
+    def step_with_targets(self, rollout: Transition, lr: Tensor) -> dict[str, Tensor]:
+        """The gradient step on a prepared rollout, with its targets: metrics."""
+        value, advantage, returns = targets(self.config, self.net, self.value_norm, rollout)
+        if self.config.norm_adv:
+            advantage = functional.normalise(advantage)
+        batch = flatten_time(Batch(rollout.obs, rollout.action, advantage, returns))
+        metrics = dict(zip(METRICS, self.step(batch, lr, ()), strict=True))
+        return {**metrics, "losses/explained_variance": functional.explained_variance(value, returns)}
 
     def loss(self, batch: Batch, _: tuple[()]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The loss of a rollout [N, ...] and METRICS but the last."""
