@@ -23,6 +23,7 @@ LAYERS = (
     ("record",),
     ("config", "logger"),
     ("checkpoint", "theory"),
+    ("files", "state_tree"),
     ("agents", "envs"),
     ("acting", "replay"),
     ("q_networks",),
@@ -47,9 +48,11 @@ PURE = ("functional", "trust_region", "distributions")  # torch and the standard
 ALL_OF_PGRL = {  # for those that import still less of pgrl than their row allows
     **dict.fromkeys((*PURE, "data", "flat", "signals", "env_ids", "errors", "memory", "processor", "rows"), set[str]()),
     "optim": {"flat"},
-    "checkpoint": {"errors", "rows"},
+    "checkpoint": {"errors", "files", "rows", "state_tree"},
+    "files": {"errors"},
+    "state_tree": {"rows"},
     "replay": {"data", "rows"},
-    "logger": {"checkpoint", "errors"},
+    "logger": {"errors", "files"},
 }
 ONLY_IN = {
     "hydra": {"config"},

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pgrl import agents, checkpoint, evaluate, launch, memory, runs
+from pgrl import agents, checkpoint, evaluate, files, launch, memory, runs
 from pgrl.agents import Agent, Setting
 from pgrl.agents.base import generator
 from pgrl.config import RunConfig, load_run, save_config, schema
@@ -94,9 +94,9 @@ def test_final_segments_are_linked_and_only_new_rows_are_written(
 ) -> None:
     buffer = make_buffer(400)
     written: dict[str, int] = {}
-    real = checkpoint._write
+    real = files.write_synced
     monkeypatch.setattr(
-        checkpoint, "_write", lambda path, data: (written.__setitem__(path.name, len(data)), real(path, data))
+        files, "write_synced", lambda path, data: (written.__setitem__(path.name, len(data)), real(path, data))
     )
     before: dict[str, Path] = {}
     for _ in range(60):
@@ -236,7 +236,7 @@ def test_without_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save(tmp_path, buffer)
     assert segments(path) and json.loads((path / "MANIFEST.json").read_text())["version"] == 2
     seen: list[str] = []
-    monkeypatch.setattr(checkpoint, "_operation", lambda name, file: seen.append(file.name))
+    monkeypatch.setattr(files, "operation", lambda name, file: seen.append(file.name))
     assert checkpoint.load(path, rows=False)["agent"]["replay"]["rows"] is None
     assert sorted(seen) == ["MANIFEST.json", "state.json", "state.safetensors"]
 
