@@ -25,7 +25,8 @@ from pgrl.config import RunConfig, load_run, save_config, schema
 from pgrl.data import Transition
 from pgrl.envs import EnvConfig, make_vec
 from pgrl.errors import CheckpointError, UserError
-from pgrl.replay import ReplayBuffer, same
+from pgrl.replay import ReplayBuffer
+from pgrl.replay_rows import same
 from pgrl.upkeep import Upkeep
 
 OBS, ACTION = spaces.Box(-1.0, 1.0, (2,), np.float32), spaces.Box(-1.0, 1.0, (1,), np.float32)
@@ -35,7 +36,7 @@ SEGMENT = 10  # rows
 @pytest.fixture(autouse=True)
 def small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda handle: None)
-    monkeypatch.setattr("pgrl.replay.SEGMENT_BYTES", SEGMENT * 24)
+    monkeypatch.setattr("pgrl.replay_layout.SEGMENT_BYTES", SEGMENT * 24)
 
 
 def make_buffer(capacity: int = 100) -> ReplayBuffer:

@@ -26,7 +26,7 @@ CAPACITY = 30
 
 @pytest.fixture(autouse=True)
 def small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pgrl.replay.SEGMENT_BYTES", 5 * 24)
+    monkeypatch.setattr("pgrl.replay_layout.SEGMENT_BYTES", 5 * 24)
 
 
 def buffer_at(count: int) -> ReplayBuffer:
