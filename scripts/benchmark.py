@@ -32,10 +32,10 @@ from rich.text import Text
 
 from bench_peers import processor
 from pgrl import __version__
-from pgrl.checkpoint import lock
 from pgrl.config import compose
 from pgrl.errors import UserError
 from pgrl.evaluate import bootstrap_interval, iqm
+from pgrl.files import lock
 from pgrl.logger import read_rows
 from plot_curves import BINS, Curves, bin_returns, plot_grid, plot_suite
 

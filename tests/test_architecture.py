@@ -23,9 +23,11 @@ LAYERS = (
     ("record",),
     ("config", "logger"),
     ("checkpoint", "theory"),
+    ("files", "state_tree"),
     ("agents", "envs"),
     ("acting", "replay"),
-    ("q_networks",),
+    ("q_networks", "replay_rows"),
+    ("replay_layout",),
     ("networks", "normalisers", "data", "optim"),
     (
         "flat",
@@ -38,6 +40,7 @@ LAYERS = (
         "memory",
         "processor",
         "rows",
+        "sum_tree",
     ),
 )
 ENTRY = {"train": {"pgrl"}}  # `python -m pgrl.train` runs the package's command line
@@ -45,11 +48,17 @@ RANK = {module: i for i, layer in enumerate(LAYERS) for module in layer}
 
 PURE = ("functional", "trust_region", "distributions")  # torch and the standard library alone
 ALL_OF_PGRL = {  # for those that import still less of pgrl than their row allows
-    **dict.fromkeys((*PURE, "data", "flat", "signals", "env_ids", "errors", "memory", "processor", "rows"), set[str]()),
+    **dict.fromkeys(
+        (*PURE, "data", "flat", "signals", "env_ids", "errors", "memory", "processor", "rows", "sum_tree"), set[str]()
+    ),
     "optim": {"flat"},
-    "checkpoint": {"errors", "rows"},
-    "replay": {"data", "rows"},
-    "logger": {"checkpoint", "errors"},
+    "checkpoint": {"errors", "files", "rows", "state_tree"},
+    "files": {"errors"},
+    "state_tree": {"rows"},
+    "replay": {"data", "replay_layout", "replay_rows", "sum_tree"},
+    "replay_rows": {"replay_layout", "rows"},
+    "replay_layout": {"data"},
+    "logger": {"errors", "files"},
 }
 ONLY_IN = {
     "hydra": {"config"},

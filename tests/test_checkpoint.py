@@ -1,10 +1,8 @@
 import errno
 import os
 import random
-import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from pgrl import checkpoint
-from pgrl.errors import CheckpointError, UserError
+from pgrl import checkpoint, files
+from pgrl.errors import CheckpointError
 
 
 @pytest.fixture(autouse=True)
@@ -259,7 +257,7 @@ def test_a_disk_that_cannot_be_read_is_not_damage(tmp_path: Path, monkeypatch: p
     def fail(name: str, path: Path) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(checkpoint, "_operation", fail)
+    monkeypatch.setattr(files, "operation", fail)
     with pytest.raises(CheckpointError, match="Input/output error"):
         checkpoint.load_newest(tmp_path, warn_not)
     with pytest.raises(CheckpointError, match="cannot be read"):
@@ -309,7 +307,7 @@ def test_everything_is_synced_before_the_rename_and_the_rename_after(
 ) -> None:
     checkpoint.save(tmp_path, 1, {})
     seen: list[tuple[str, str]] = []
-    monkeypatch.setattr(checkpoint, "_operation", lambda name, path: seen.append((name, path.name)))
+    monkeypatch.setattr(files, "operation", lambda name, path: seen.append((name, path.name)))
     checkpoint.save(tmp_path, 2, {"w": torch.ones(1)})
     changes = [operation for operation in seen if operation[0] not in ("read", "list", "open")]
     assert changes == [
@@ -324,91 +322,6 @@ def test_everything_is_synced_before_the_rename_and_the_rename_after(
         ("rename", "step_000000000002.tmp"),
         ("fsync", "checkpoints"),
     ]
-
-
-def test_a_run_folder_is_claimed_once(tmp_path: Path) -> None:
-    path = tmp_path / "runs" / "ppo" / "one"
-
-    def claim(_: int) -> bool:
-        try:
-            with checkpoint.claim(path):
-                (path / "config.yaml").write_text("")
-        except UserError as error:
-            assert f"run_dir={path}" in str(error)
-            return False
-        return True
-
-    with ThreadPoolExecutor(50) as pool:
-        assert sum(pool.map(claim, range(50))) == 1
-    with pytest.raises(UserError, match=f"resume={path}"), checkpoint.claim(path):
-        pass
-    for bad in (path / "config.yaml", path / "config.yaml" / "below"):
-        with pytest.raises(UserError, match="cannot be made"), checkpoint.claim(bad):
-            pass
-
-
-def test_a_lock_excludes_others_and_ends_with_its_holder(tmp_path: Path) -> None:
-    with checkpoint.lock(tmp_path):
-        for _ in range(2):
-            with pytest.raises(UserError, match=rf"pid {os.getpid()}\) is running in this folder"):
-                with checkpoint.lock(tmp_path):
-                    pass
-    with pytest.raises(UserError, match="cannot be locked"), checkpoint.lock(tmp_path / "missing"):
-        pass
-    ready, told = os.pipe()
-    child = os.fork()
-    if not child:
-        with checkpoint.lock(tmp_path):
-            os.write(told, b"1")
-            signal.pause()
-        os._exit(0)
-    try:
-        os.read(ready, 1)
-        with pytest.raises(UserError, match=rf"pid {child}\)"), checkpoint.lock(tmp_path):
-            pass
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        os.close(ready)
-        os.close(told)
-    with checkpoint.lock(tmp_path):
-        assert (tmp_path / ".lock").read_text() == f"{os.getpid()}\n"
-
-
-def test_text_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "status.json"
-    checkpoint.write_text(path, "ü\r\n")
-    assert checkpoint.read_bytes(path) == "ü\r\n".encode()
-    checkpoint.append(path, "a\n")
-    checkpoint.append(path, b"\xff")
-    assert checkpoint.read_bytes(path) == "ü\r\na\n".encode() + b"\xff"
-    checkpoint.truncate(path, 3)
-    assert checkpoint.read_bytes(path) == "ü\r".encode()
-    checkpoint.make_dir(tmp_path / "a" / "b")
-    checkpoint.make_dir(tmp_path / "a" / "b")
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["a", "status.json"]
-
-    write = os.write
-    monkeypatch.setattr(os, "write", lambda handle, data: write(handle, data[: len(data) // 2]))
-    with pytest.raises(OSError, match="No space left"):
-        checkpoint.append(path, "lost")
-    assert checkpoint.read_bytes(path) == "ü\r".encode()
-
-
-def test_a_failed_replacement_leaves_the_old_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "status.json"
-    checkpoint.write_text(path, "old")
-
-    for failing in ("open", "write", "fsync", "rename"):
-
-        def fail(name: str, path: Path, failing: str = failing) -> None:
-            if name == failing:
-                raise OSError(errno.ENOSPC, "No space left on device")
-
-        monkeypatch.setattr(checkpoint, "_operation", fail)
-        with pytest.raises(OSError, match="No space left"):
-            checkpoint.write_text(path, "new")
-        assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_importing_it_imports_nothing_heavy() -> None:

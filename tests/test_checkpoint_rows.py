@@ -18,14 +18,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from pgrl import agents, checkpoint, evaluate, launch, memory, runs
+from pgrl import agents, checkpoint, evaluate, files, launch, memory, runs
 from pgrl.agents import Agent, Setting
 from pgrl.agents.base import generator
 from pgrl.config import RunConfig, load_run, save_config, schema
 from pgrl.data import Transition
 from pgrl.envs import EnvConfig, make_vec
 from pgrl.errors import CheckpointError, UserError
-from pgrl.replay import ReplayBuffer, same
+from pgrl.replay import ReplayBuffer
+from pgrl.replay_rows import same
 from pgrl.upkeep import Upkeep
 
 OBS, ACTION = spaces.Box(-1.0, 1.0, (2,), np.float32), spaces.Box(-1.0, 1.0, (1,), np.float32)
@@ -35,7 +36,7 @@ SEGMENT = 10  # rows
 @pytest.fixture(autouse=True)
 def small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda handle: None)
-    monkeypatch.setattr("pgrl.replay.SEGMENT_BYTES", SEGMENT * 24)
+    monkeypatch.setattr("pgrl.replay_layout.SEGMENT_BYTES", SEGMENT * 24)
 
 
 def make_buffer(capacity: int = 100) -> ReplayBuffer:
@@ -94,9 +95,9 @@ def test_final_segments_are_linked_and_only_new_rows_are_written(
 ) -> None:
     buffer = make_buffer(400)
     written: dict[str, int] = {}
-    real = checkpoint._write
+    real = files.write_synced
     monkeypatch.setattr(
-        checkpoint, "_write", lambda path, data: (written.__setitem__(path.name, len(data)), real(path, data))
+        files, "write_synced", lambda path, data: (written.__setitem__(path.name, len(data)), real(path, data))
     )
     before: dict[str, Path] = {}
     for _ in range(60):
@@ -236,7 +237,7 @@ def test_without_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save(tmp_path, buffer)
     assert segments(path) and json.loads((path / "MANIFEST.json").read_text())["version"] == 2
     seen: list[str] = []
-    monkeypatch.setattr(checkpoint, "_operation", lambda name, file: seen.append(file.name))
+    monkeypatch.setattr(files, "operation", lambda name, file: seen.append(file.name))
     assert checkpoint.load(path, rows=False)["agent"]["replay"]["rows"] is None
     assert sorted(seen) == ["MANIFEST.json", "state.json", "state.safetensors"]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pgrl import checkpoint, config
+from pgrl import config, files
 from pgrl.config import checks
 from pgrl.launch import launch
 
@@ -252,7 +252,7 @@ def test_env_and_network_that_do_not_fit(
 
 def test_folder_in_use(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(folder)
-    with checkpoint.lock(Path("stopped")), pytest.raises(SystemExit) as caught:
+    with files.lock(Path("stopped")), pytest.raises(SystemExit) as caught:
         config.main(["resume=stopped"], launch)
     text = capsys.readouterr().err
     assert caught.value.code == 2 and "stopped" in text and "another process" in text

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from pgrl import checkpoint, logger
+from pgrl import files, logger
 from pgrl.logger import Logger, Progress, log_to, read_rows
 
 
@@ -96,7 +96,7 @@ def test_a_full_disk_costs_no_row(
     log = Logger(tmp_path, tensorboard=False, resume_step=None)
     log.write(1, 0, {"x": 1})
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_operation", fail)
+        patch.setattr(files, "operation", fail)
         for step in range(2, 50):
             log.write(step, 0, {"x": step})
             log.sync()
@@ -113,7 +113,7 @@ def test_rows_in_memory_are_bounded_and_their_loss_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(logger, "_MAX_PENDING", 10)
-    monkeypatch.setattr(checkpoint, "_operation", fail)
+    monkeypatch.setattr(files, "operation", fail)
     log = Logger(tmp_path, tensorboard=False, resume_step=None)
     for step in range(100):
         log.write(step, 0, {})
@@ -131,7 +131,7 @@ def test_sync_before_and_after_the_first_row(
     log = Logger(tmp_path, tensorboard=False, resume_step=None)
     log.sync()
     log.write(1, 0, {})
-    monkeypatch.setattr(checkpoint, "_operation", lambda name, path: seen.append((name, path.name)))
+    monkeypatch.setattr(files, "operation", lambda name, path: seen.append((name, path.name)))
     log.sync()
     assert seen == [("fsync", "metrics.jsonl")] and not warnings(caplog)
 
@@ -181,7 +181,7 @@ def test_a_tensorboard_that_fails_is_dropped_with_one_warning(
 
     log = Logger(tmp_path, tensorboard=True, resume_step=None)
     log.write(1, 0, {"x": 1})
-    monkeypatch.setattr(checkpoint, "_operation", fail_there)
+    monkeypatch.setattr(files, "operation", fail_there)
     for step in range(2, 10):
         log.write(step, 0, {"x": step})
     assert len(read_rows(tmp_path)) == 9
@@ -225,7 +225,7 @@ def test_kills_leave_every_line_whole_and_no_step_twice(tmp_path: Path) -> None:
         for step in range(start + 1, last + 1):
             log.write(step, 0, {"x": step / 3, "y": step})
             if step % 7 == 0:
-                checkpoint.write_text(mark, str(step))
+                files.write_text(mark, str(step))
 
     kills = 0
     for attempt in range(1000):
@@ -262,7 +262,7 @@ def test_the_text_log_follows_the_run(tmp_path: Path, monkeypatch: pytest.Monkey
         lines = (tmp_path / name / "train.log").read_text().splitlines()
         assert len(lines) == 2
         assert lines[0].endswith(f"INFO message of {name}") and lines[1].endswith("WARNING and of a part")
-    monkeypatch.setattr(checkpoint, "_operation", fail)
+    monkeypatch.setattr(files, "operation", fail)
     log.info("lost, but nothing is raised")
 
 

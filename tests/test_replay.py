@@ -19,9 +19,11 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from pgrl import memory
+from pgrl import memory, replay, replay_layout, replay_rows, sum_tree
 from pgrl.data import Transition, action_rows
-from pgrl.replay import FEWEST_ENDS, Batch, Priority, ReplayBuffer, SumTree, layout, nbytes, same
+from pgrl.replay import FEWEST_ENDS, Batch, Priority, ReplayBuffer, nbytes
+from pgrl.replay_layout import layout
+from pgrl.replay_rows import same
 
 CPU = torch.device("cpu")
 VECTOR = spaces.Box(-np.inf, np.inf, (3,), np.float32)
@@ -271,28 +273,6 @@ def test_new_transitions_have_the_highest_priority_so_far() -> None:
         make(world, 8).update_priorities(torch.tensor([0]), torch.tensor([1.0]))
 
 
-@pytest.mark.parametrize("leaves", [1, 31, 32, 33, 1024, 1025, 5000])
-def test_sum_tree(leaves: int) -> None:
-    """Every sum is that of its leaves, and shares fall on the leaves that a cumulative sum says."""
-    generator, tree = Generator().manual_seed(leaves), SumTree(leaves, CPU)
-    tree.replace(torch.arange(leaves), torch.arange(0))
-    for _ in range(5):
-        index = torch.randint(leaves, (50,), generator=generator)
-        tree.set(index, torch.rand(50, dtype=torch.float64, generator=generator) ** 4)
-        tree.replace(torch.arange(0), torch.randint(leaves, (leaves // 3,), generator=generator))
-        values = tree.levels[0]
-        for level, sums in itertools.pairwise(tree.levels):
-            assert torch.allclose(level.view(-1, 32).sum(1), sums[: len(level) // 32])
-        if not values.sum():
-            return
-        u = torch.cat([torch.rand(200, dtype=torch.float64, generator=generator), torch.tensor([0.0, 1 - 2**-53, 1.0])])
-        found, share = tree.find(u)
-        assert (values[found] > 0).all() and torch.allclose(share, values[found] / values.sum())
-        cumulative = values.cumsum(0) / values.sum()
-        before = cumulative[found] - share
-        assert (before <= u + 1e-12).all() and (u <= cumulative[found] + 1e-12).all()
-
-
 def test_sampling_an_empty_buffer_is_an_error() -> None:
     with pytest.raises(ValueError, match="empty buffer"):
         make(World(1, VECTOR, BOX, 0.1, 0), 8).sample(2)
@@ -321,7 +301,7 @@ def test_a_snapshot_stays_what_it_was(
     capacity: int, num_envs: int, end: float, prioritised: Priority | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever is added later, wherever the ring is, and whatever other snapshots there are; segments are small."""
-    monkeypatch.setattr("pgrl.replay.SEGMENT_BYTES", 300)
+    monkeypatch.setattr("pgrl.replay_layout.SEGMENT_BYTES", 300)
     rng, world = random.Random(capacity), World(num_envs, VECTOR, DISCRETE, end, 1, cut=0.05)
     args = (capacity, 2, prioritised)
     buffer = make(world, *args)
@@ -414,11 +394,11 @@ class StoppedError(BaseException):
 
 
 def stop_at(line: int, action: Callable[[], object]) -> bool:
-    """Run the action, raising before the line that replay.py executes as number `line`; whether it came so far."""
-    count = itertools.count()
+    """Run the action, raising before the line that the buffer executes as number `line`; whether it came so far."""
+    count, sources = itertools.count(), {module.__file__ for module in (replay, replay_layout, replay_rows, sum_tree)}
 
     def trace(frame: FrameType, event: str, _: object) -> Any:
-        if not frame.f_code.co_filename.endswith("replay.py"):
+        if frame.f_code.co_filename not in sources:
             return None
         if event == "line" and next(count) == line:
             raise StoppedError
@@ -526,7 +506,7 @@ class Altered:
 def test_segments_that_do_not_fit_are_refused(
     change: Callable[[bytes], bytes], numbers: slice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pgrl.replay.SEGMENT_BYTES", 300)
+    monkeypatch.setattr("pgrl.replay_layout.SEGMENT_BYTES", 300)
     world = World(2, VECTOR, BOX, 0.3, 0)
     buffer = make(world, 200)
     buffer.add(world.rollout(60))

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import torch
 
-from pgrl.checkpoint import lock
 from pgrl.errors import UserError
 from pgrl.evaluate import bootstrap_interval, iqm
+from pgrl.files import lock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 benchmark: Any = importlib.import_module("benchmark")

@@ -14,7 +14,7 @@ import torch
 from tests.faults.test_resume import assert_same, equal
 
 import pgrl
-from pgrl import checkpoint
+from pgrl import checkpoint, files
 from pgrl.config import compose, decide_compile, load_run
 from pgrl.data import Rollout
 from pgrl.errors import UserError
@@ -173,7 +173,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch, times: int) -> list[Path]:
             refused.append(path)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint, "_operation", refuse)
+    monkeypatch.setattr(files, "operation", refuse)
     return refused
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints that survive a crash at any moment, and every other file operation of a run.
+"""Checkpoints that survive a crash at any moment: saved, loaded, verified and rotated.
 
 A checkpoint is the folder `checkpoints/step_<12 digits>/` of three files: `state.safetensors` (the tensors),
 `state.json` (the tree they hang in) and `MANIFEST.json` (format version, sizes, sha256). It is built under a
@@ -13,26 +13,21 @@ the last folder that has it is.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
-import math
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pgrl.errors import CheckpointError, UserError
+from pgrl import files
+from pgrl.errors import CheckpointError
 from pgrl.rows import Rows
+from pgrl.state_tree import State, join, split
 
-if TYPE_CHECKING:
-    import torch
-
-State = dict[str, Any]
 Entry = dict[str, Any]  # of the manifest: the size and sha256 of a file
 
 _VERSION, _VERSION_WITH_ROWS = 1, 2
@@ -40,9 +35,6 @@ _TENSORS, _TREE, _MANIFEST = "state.safetensors", "state.json", "MANIFEST.json"
 _MANIFEST_LIMIT = 65536  # bytes; about 300 are used, and 120 for each segment of rows
 _NAME = re.compile(r"step_([0-9]{12})")
 _SEGMENT = re.compile(r"rows_[0-9]{1,3}_[0-9]{1,15}\.bin")
-_CANNOT_LINK = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOENT}
-_INTEGERS = {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
-_DTYPES = {"bool", "float16", "bfloat16", "float32", "float64", "complex64", *_INTEGERS}
 
 
 class SaveError(OSError):
@@ -56,9 +48,9 @@ class _DamagedError(CheckpointError):
 class SavedRows:
     """Rows in the files of a checkpoint, read a segment at a time; CheckpointError where a file has changed."""
 
-    def __init__(self, path: Path, info: State, final: dict[int, bool], files: dict[int, tuple[str, str]]) -> None:
-        self._path, self._final, self._files = path, final, files  # files: names and checksums
-        self.info, self.saved = info, {number: files[number][1] for number in final if final[number]}
+    def __init__(self, path: Path, info: State, final: dict[int, bool], names: dict[int, tuple[str, str]]) -> None:
+        self._path, self._final, self._names = path, final, names  # names: those of the files, and their checksums
+        self.info, self.saved = info, {number: names[number][1] for number in final if final[number]}
 
     def segments(self) -> dict[int, bool]:
         """The numbers of the segments, and whether each is final."""
@@ -66,14 +58,28 @@ class SavedRows:
 
     def read(self, number: int) -> bytes:
         """A segment, verified once more."""
-        name, digest = self._files[number]
+        name, digest = self._names[number]
         try:
-            data = read_bytes(self._path / name)
+            data = files.read_bytes(self._path / name)
         except OSError as error:
             raise CheckpointError(f"checkpoint {self._path} cannot be read: {error}") from error
         if hashlib.sha256(data).hexdigest() != digest:
             raise _DamagedError(f"checkpoint {self._path} is damaged: {name} has changed")
         return data
+
+
+class _Tables:
+    """The segments of a checkpoint that no rows have taken yet."""
+
+    def __init__(self, path: Path, digests: dict[str, str], wanted: bool) -> None:
+        self.path, self.digests, self.wanted = path, digests, wanted
+
+    def take(self, table: int, info: State, numbers: list[tuple[int, bool]]) -> SavedRows | None:
+        """The rows of a table; any exception means a foreign tree."""
+        final = {int(number): bool(last) for number, last in numbers}
+        names = {number: f"rows_{table}_{number}.bin" for number in final}
+        found = {number: (name, self.digests.pop(name)) for number, name in names.items()}
+        return SavedRows(self.path, info, final, found) if self.wanted else None
 
 
 def save(
@@ -90,29 +96,31 @@ def save(
 
     if not 0 <= step < 10**12 or keep < 1:
         raise ValueError(f"step={step} must have at most 12 digits, and keep={keep} be at least 1")
-    tree, tensors, tables = _split(state, rows)
-    files = {_TENSORS: serialise(tensors), _TREE: _json({"step": step, "state": tree})}
+    tree, tensors, tables = split(state, rows)
+    contents = {_TENSORS: serialise(tensors), _TREE: _json({"step": step, "state": tree})}
     path = folder(run_dir, step)
     tmp = path.with_suffix(".tmp")
     try:
         if not _is_whole(path):
-            make_dir(path.parent)
+            files.make_dir(path.parent)
             _sweep(run_dir)
-            _operation("mkdir", tmp)
+            files.operation("mkdir", tmp)
             tmp.mkdir()
             segments = _write_segments(tmp, run_dir, tables) if tables else {}
-            for name, data in files.items():
-                _write(tmp / name, data)
-            _write(tmp / _MANIFEST, _manifest({name: _entry(data) for name, data in files.items()} | segments))
-            sync(tmp)
+            for name, data in contents.items():
+                files.write_synced(tmp / name, data)
+            files.write_synced(
+                tmp / _MANIFEST, _manifest({name: _entry(data) for name, data in contents.items()} | segments)
+            )
+            files.sync(tmp)
             if os.path.lexists(path):
                 _set_aside(path)
-            _rename(tmp, path)
-        sync(path.parent)
+            files.rename(tmp, path)
+        files.sync(path.parent)
         steps = list_steps(run_dir)
         for old in sorted(set(steps) - {*steps[-keep:], *keep_also, step}):
             # Renamed first, so that a crash half-way leaves nothing that looks like a damaged checkpoint.
-            _rename(folder(run_dir, old), folder(run_dir, old).with_suffix(".tmp"))
+            files.rename(folder(run_dir, old), folder(run_dir, old).with_suffix(".tmp"))
         _sweep(run_dir)
     except OSError as error:
         with suppress(OSError):
@@ -171,16 +179,16 @@ def folder(run_dir: Path, step: int) -> Path:
 
 def list_steps(run_dir: Path) -> list[int]:
     """The steps of a run's checkpoints, by their names, ascending."""
-    names = map(_NAME.fullmatch, _list(run_dir / "checkpoints"))
+    names = map(_NAME.fullmatch, files.list_names(run_dir / "checkpoints"))
     return sorted(int(name[1]) for name in names if name)
 
 
 def clean(run_dir: Path) -> None:
     """Removes what interrupted operations left behind; only for the process that holds the run's lock."""
     _sweep(run_dir)
-    for name in _list(run_dir):
+    for name in files.list_names(run_dir):
         if name.startswith(".") and name.endswith(".tmp"):
-            _remove(run_dir / name)
+            files.remove(run_dir / name)
 
 
 def _load(path: Path, rows: bool = True) -> State:
@@ -190,7 +198,7 @@ def _load(path: Path, rows: bool = True) -> State:
         return _DamagedError(f"checkpoint {path} is damaged: {why}")
 
     def check(name: str, size: int | None) -> int:
-        _operation("read", path / name)
+        files.operation("read", path / name)
         try:
             status = (path / name).lstat()
         except (FileNotFoundError, NotADirectoryError):
@@ -228,16 +236,18 @@ def _load(path: Path, rows: bool = True) -> State:
     if version not in (_VERSION, _VERSION_WITH_ROWS):
         reads = f"formats {_VERSION} and {_VERSION_WITH_ROWS}"
         raise CheckpointError(f"checkpoint {path} has format {version!r:.20}; this pgrl reads {reads}")
-    files = {name: read(name, size) for name, size in sizes.items()}
+    contents = {name: read(name, size) for name, size in sizes.items()}
     if rows:
         segments = {name: entry(name, size) for name, size in segment_sizes.items()}
-    if manifest != _manifest({name: _entry(data) for name, data in files.items()} | segments):
+    if manifest != _manifest({name: _entry(data) for name, data in contents.items()} | segments):
         wrong = next((name for name in segments if segments[name] != told[name]), "the files")
         raise damaged(f"{wrong} {'is' if wrong in segments else 'are'} not as {_MANIFEST} says (sha256)")
     try:
-        content = json.loads(files[_TREE])
+        content = json.loads(contents[_TREE])
         tables = _Tables(path, {name: one["sha256"] for name, one in segments.items()}, rows)
-        step, state = content["step"], _join(content["state"], deserialise(files[_TENSORS]), tables)
+        step, state = content["step"], join(content["state"], deserialise(contents[_TENSORS]), tables.take)
+        if tables.digests:
+            raise ValueError("the tree does not fit the tensors and rows")
     except MemoryError:
         raise
     except Exception as error:  # whatever foreign contents may raise
@@ -257,16 +267,16 @@ def _is_whole(path: Path) -> bool:
 
 def _sweep(run_dir: Path) -> None:
     """Removes checkpoints that are half made or half removed."""
-    for name in _list(run_dir / "checkpoints"):
+    for name in files.list_names(run_dir / "checkpoints"):
         if name.endswith(".tmp") and _NAME.fullmatch(name[:-4]):
-            _remove(run_dir / "checkpoints" / name)
+            files.remove(run_dir / "checkpoints" / name)
 
 
 def _set_aside(path: Path) -> None:
     target, count = path.with_suffix(".corrupt"), 1
     while os.path.lexists(target):
         target, count = path.with_suffix(f".{count}.corrupt"), count + 1
-    _rename(path, target)
+    files.rename(path, target)
 
 
 def _entry(data: bytes) -> Entry:
@@ -292,11 +302,11 @@ def _write_segments(tmp: Path, run_dir: Path, tables: list[Rows]) -> dict[str, E
         for number, final in rows.segments().items():
             name = f"rows_{table}_{number}.bin"
             one = known.get((name, rows.saved.get(number, "")))
-            if one is not None and _link(one[0], tmp / name, one[1]["size"]):
+            if one is not None and files.link(one[0], tmp / name, one[1]["size"]):
                 entries[name] = one[1]
                 continue
             data = rows.read(number)
-            _write(tmp / name, data)
+            files.write_synced(tmp / name, data)
             entries[name] = _entry(data)
             if final:
                 rows.saved[number] = entries[name]["sha256"]
@@ -306,10 +316,10 @@ def _write_segments(tmp: Path, run_dir: Path, tables: list[Rows]) -> dict[str, E
 def _segments_of(path: Path) -> dict[str, Entry]:
     """The segments that the manifest of a checkpoint names; none where it cannot be understood."""
     try:
-        _operation("read", path / _MANIFEST)
+        files.operation("read", path / _MANIFEST)
         with open(path / _MANIFEST, "rb") as file:
-            files = json.loads(file.read(_MANIFEST_LIMIT))["files"]
-        found = {name: entry for name, entry in files.items() if _SEGMENT.fullmatch(name)}
+            entries = json.loads(file.read(_MANIFEST_LIMIT))["files"]
+        found = {name: entry for name, entry in entries.items() if _SEGMENT.fullmatch(name)}
         return {name: {"size": int(entry["size"]), "sha256": str(entry["sha256"])} for name, entry in found.items()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return {}  # then the segments are written from memory
@@ -317,276 +327,3 @@ def _segments_of(path: Path) -> dict[str, Entry]:
 
 def _json(tree: Any) -> bytes:
     return json.dumps(tree, allow_nan=False, separators=(",", ":")).encode("ascii")
-
-
-def _split(state: State, with_rows: bool = True) -> tuple[Any, dict[str, torch.Tensor], list[Rows]]:
-    """The state as a tree for JSON, the tensors and the rows it names; TypeError for what a checkpoint cannot hold."""
-    import numpy as np
-    import torch
-
-    tensors: dict[str, torch.Tensor] = {}
-    storages: set[int] = set()
-    tables: list[Rows] = []
-
-    def put(tag: str, value: torch.Tensor, path: str) -> dict[str, str]:
-        if value.layout is not torch.strided or value.is_meta or str(value.dtype)[6:] not in _DTYPES:
-            kind = f"{value.dtype}, {value.layout}, {value.device}"
-            raise TypeError(f"{path}: a checkpoint cannot hold a tensor of {kind}")
-        tensor = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
-        if tensor.untyped_storage().data_ptr() in storages:
-            tensor = tensor.clone()  # safetensors refuses overlapping views of one storage
-        storages.add(tensor.untyped_storage().data_ptr())
-        while path in tensors:
-            path += "'"
-        tensors[path] = tensor
-        return {tag: path}
-
-    def visit(value: Any, path: str) -> Any:
-        if value is None or isinstance(value, bool | str):
-            return value
-        if isinstance(value, int):
-            return int(value) if abs(value) < 2**63 else {"$int": hex(value)}
-        if isinstance(value, float):
-            return float(value) if math.isfinite(value) else {"$float": str(float(value))}
-        if isinstance(value, torch.Tensor):
-            return put("$tensor", value, path)
-        if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
-            array = np.array(value, dtype=value.dtype.newbyteorder("="), order="C")
-            return put("$array", torch.from_numpy(array), path)
-        if isinstance(value, np.generic) and not isinstance(value, np.longdouble):
-            return visit(value.item(), path)
-        if isinstance(value, list | tuple):
-            return [visit(item, f"{path}/{index}") for index, item in enumerate(value)]
-        if isinstance(value, dict) and all(isinstance(key, str) and key[:1] != "$" for key in value):
-            return {key: visit(item, f"{path}/{key}") for key, item in value.items()}
-        if isinstance(value, dict) and all(isinstance(key, str | int) for key in value):
-            return {"$items": [[key, visit(item, f"{path}/{key}")] for key, item in value.items()]}
-        if isinstance(value, Rows):
-            if not with_rows:
-                return None
-            tables.append(value)
-            numbers = [[number, final] for number, final in value.segments().items()]
-            return {"$rows": [len(tables) - 1, visit(value.info, path), numbers]}
-        raise TypeError(f"{path}: a checkpoint cannot hold {type(value)}, or its keys")
-
-    return visit(state, "state"), tensors, tables
-
-
-class _Tables:
-    """The segments of a checkpoint that no rows have taken yet."""
-
-    def __init__(self, path: Path, digests: dict[str, str], wanted: bool) -> None:
-        self.path, self.digests, self.wanted = path, digests, wanted
-
-    def take(self, table: int, info: State, numbers: list[tuple[int, bool]]) -> SavedRows | None:
-        """The rows of a table; any exception means a foreign tree."""
-        final = {int(number): bool(last) for number, last in numbers}
-        names = {number: f"rows_{table}_{number}.bin" for number in final}
-        files = {number: (name, self.digests.pop(name)) for number, name in names.items()}
-        return SavedRows(self.path, info, final, files) if self.wanted else None
-
-
-def _join(tree: Any, tensors: dict[str, torch.Tensor], tables: _Tables) -> State:
-    """The inverse of `_split`, which takes each tensor and segment once; any exception means a foreign tree."""
-
-    def visit(node: Any) -> Any:
-        if isinstance(node, list):
-            return [visit(item) for item in node]
-        if not isinstance(node, dict):
-            return node
-        tag = next(iter(node), "")
-        if not tag.startswith("$"):
-            return {key: visit(item) for key, item in node.items()}
-        (value,) = node.values()
-        match tag:
-            case "$tensor":
-                return tensors.pop(value)
-            case "$array":
-                return tensors.pop(value).numpy()
-            case "$int":
-                return int(value, 16)
-            case "$float":
-                return float(value)
-            case "$items":
-                return {key: visit(item) for key, item in value}
-            case "$rows":
-                table, info, numbers = value
-                return tables.take(table, visit(info), numbers)
-        raise ValueError(f"unknown tag {tag!r}")
-
-    state = visit(tree)
-    if not isinstance(state, dict) or tensors or tables.digests:
-        raise ValueError("the tree does not fit the tensors and rows")
-    return state
-
-
-# The run's folder and its other files.
-
-
-def is_unused(path: Path) -> bool:
-    """Whether a folder is empty but for what a run leaves there that died before its first file."""
-    return path.is_dir() and all(name == ".lock" or name.endswith(".tmp") for name in os.listdir(path))
-
-
-@contextmanager
-def claim(path: Path) -> Iterator[None]:
-    """Makes the folder of a new run and holds its lock; UserError if it cannot be made or is in use already."""
-    try:
-        make_dir(path.parent)
-        make_dir(path)
-    except OSError as error:
-        raise UserError(
-            f"run_dir={path}: this folder cannot be made: {error.strerror}.\nUse another one, as run_dir=pgrl-run"
-        ) from None
-    with lock(path, "run_dir"):
-        if not is_unused(path):  # asked under the lock, so that of many that come at once one goes on
-            why = "this folder exists already, and two runs never share one.\n"
-            why += f"Continue the run in it:  python -m pgrl.train resume={path}\nor use another one: run_dir={path}-2"
-            raise UserError(f"run_dir={path}: {why}")
-        yield
-
-
-@contextmanager
-def lock(run_dir: Path, key: str = "resume") -> Iterator[None]:
-    """Holds a run's folder, given as `key`, for this process alone; UserError if another has it. Any death frees it."""
-    path = run_dir / ".lock"
-    with ExitStack() as stack:
-        try:
-            _operation("lock", path)
-            file = stack.enter_context(open(path, "a+", encoding="ascii"))
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            why = (
-                f"this folder cannot be locked: {error.strerror}.\nContinue a copy of it:  cp -r {run_dir} {run_dir}-2"
-            )
-            if isinstance(error, BlockingIOError):
-                file.seek(0)
-                pid = file.read(20).strip()
-                why = f"another process (pid {pid}) is running in this folder.\nTo make it save and stop:  kill {pid}"
-            raise UserError(f"{key}={run_dir}: {why}") from None
-        with suppress(OSError):
-            os.truncate(path, 0)
-            os.write(file.fileno(), f"{os.getpid()}\n".encode())
-        yield
-
-
-def make_dir(path: Path) -> None:
-    """Makes a folder and its parents, to survive a power cut, unless it exists."""
-    if not path.is_dir():
-        make_dir(path.parent)
-        _operation("mkdir", path)
-        path.mkdir(exist_ok=True)
-        sync(path.parent)
-
-
-def read_bytes(path: Path) -> bytes:
-    """A file's contents."""
-    _operation("read", path)
-    return path.read_bytes()
-
-
-def write_text(path: Path, text: str) -> None:
-    """As `write_bytes`."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Replaces a file: a reader, or a crash, sees all of the old or all of the new."""
-    tmp = path.with_name(f".{path.name}.tmp")
-    try:
-        _write(tmp, data)
-        _rename(tmp, path)
-        sync(path.parent)
-    except OSError:
-        with suppress(OSError):
-            _remove(tmp)
-        raise
-
-
-def append(path: Path, data: str | bytes) -> None:
-    """Adds to a file's end with one write, all of it or (OSError) nothing; not synced."""
-    data = data.encode() if isinstance(data, str) else data
-    _operation("append", path)
-    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        size = os.fstat(handle).st_size
-        if os.write(handle, data) != len(data):
-            os.truncate(handle, size)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-    finally:
-        os.close(handle)
-
-
-def truncate(path: Path, size: int) -> None:
-    """Cuts a file to its first `size` bytes."""
-    _operation("truncate", path)
-    os.truncate(path, size)
-    sync(path)
-
-
-def sync(path: Path) -> None:
-    """Makes a file's contents, or a folder's entries, survive a power cut."""
-    _operation("fsync", path)
-    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems cannot sync a folder
-            raise
-    finally:
-        os.close(handle)
-
-
-def _operation(name: str, path: Path) -> None:
-    """Called before each file operation, so that tests can count them, and fail or die at any one."""
-
-
-def _list(path: Path) -> list[str]:
-    _operation("list", path)
-    try:
-        return sorted(os.listdir(path))
-    except FileNotFoundError:
-        return []
-
-
-def _write(path: Path, data: bytes) -> None:
-    _operation("open", path)
-    with open(path, "wb") as file:
-        _operation("write", path)
-        file.write(data)
-        file.flush()
-        _operation("fsync", path)
-        os.fsync(file.fileno())
-
-
-def _link(source: Path, target: Path, size: int) -> bool:
-    """Gives a file a second name; False where the file system cannot, or where there is no such file of that size."""
-    _operation("link", source)
-    try:
-        status = source.lstat()
-        if not stat.S_ISREG(status.st_mode) or status.st_size != size:
-            return False
-        os.link(source, target, follow_symlinks=False)
-    except OSError as error:
-        if error.errno in _CANNOT_LINK:
-            return False
-        raise
-    return True
-
-
-def _rename(source: Path, target: Path) -> None:
-    _operation("rename", source)
-    os.rename(source, target)
-
-
-def _remove(path: Path) -> None:
-    """Removes a file or a folder of files; links are removed, not followed."""
-    if path.is_dir() and not path.is_symlink():
-        for name in _list(path):
-            _operation("unlink", path / name)
-            os.unlink(path / name)
-        _operation("rmdir", path)
-        os.rmdir(path)
-    elif os.path.lexists(path):
-        _operation("unlink", path)
-        os.unlink(path)

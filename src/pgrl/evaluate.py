@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from pgrl import checkpoint, env_ids
+from pgrl import checkpoint, env_ids, files
 from pgrl import config as configuration
 from pgrl.agents import Agent
 from pgrl.config import EvaluateConfig, RunConfig
@@ -165,7 +165,7 @@ def report(options: EvaluateConfig) -> None:
         "returns": returns,
         "lengths": result.lengths,
     }
-    checkpoint.write_text(run_dir / "evaluation.json", json.dumps(summary, indent=2) + "\n")
+    files.write_text(run_dir / "evaluation.json", json.dumps(summary, indent=2) + "\n")
     print(
         f"{agent.name} on {config.env.id} at step {step:,}, {options.episodes} episodes without exploration:\n"
         f"  return {summary['return_mean']:,.2f} +- {summary['return_std']:,.2f} (mean, std)\n"

@@ -7,7 +7,7 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from pgrl import asynchronous, checkpoint, train
+from pgrl import asynchronous, checkpoint, files, train
 from pgrl import config as configuration
 from pgrl.agents import A3C
 from pgrl.config import RunConfig
@@ -30,10 +30,10 @@ def launch(config: RunConfig) -> Path:
         if config.resume is None:
             run = build(config)
             run_dir = configuration.new_run_dir(config)
-            stack.enter_context(checkpoint.claim(run_dir))
+            stack.enter_context(files.claim(run_dir))
         else:
             run_dir, step = Path(config.resume), 0
-            stack.enter_context(checkpoint.lock(run_dir))
+            stack.enter_context(files.lock(run_dir))
             checkpoint.clean(run_dir)
             run = build(config)
         stack.callback(run.env.close)
@@ -47,7 +47,7 @@ def launch(config: RunConfig) -> Path:
                 )
         else:  # a new run, or one that was killed before its first checkpoint
             run.env.reset()
-        checkpoint.write_text(run_dir / "config.yaml", configuration.save_config(replace(config, resume=None)))
+        files.write_text(run_dir / "config.yaml", configuration.save_config(replace(config, resume=None)))
         logger = Logger(run_dir, tensorboard=config.tensorboard, resume_step=step)
         stack.callback(logger.close)
         progress = Progress()

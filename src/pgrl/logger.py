@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TextIO
 
-from pgrl import checkpoint
+from pgrl import files
 
 Row = dict[str, float]
 
@@ -55,7 +55,7 @@ class Logger:
         """Makes the rows so far survive a power cut; to be called before a checkpoint is saved."""
         if self._flush():
             try:
-                checkpoint.sync(self._path)
+                files.sync(self._path)
             except FileNotFoundError:
                 pass  # no row yet
             except OSError as error:
@@ -70,7 +70,7 @@ class Logger:
     def _flush(self) -> bool:
         if self._pending:
             try:
-                checkpoint.append(self._path, "".join(self._pending))
+                files.append(self._path, "".join(self._pending))
             except OSError as error:
                 self._warn(error)
                 return False
@@ -85,7 +85,7 @@ class Logger:
 
 def read_rows(run_dir: Path) -> list[Row]:
     """The rows of a run's metrics.jsonl, without a torn one; OSError if there is no such file."""
-    lines = checkpoint.read_bytes(run_dir / "metrics.jsonl").split(b"\n")
+    lines = files.read_bytes(run_dir / "metrics.jsonl").split(b"\n")
     return [row for row in map(_parse, lines) if row]
 
 
@@ -170,7 +170,7 @@ class _LogFile(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            checkpoint.append(self.path, self.format(record) + "\n")
+            files.append(self.path, self.format(record) + "\n")
         except OSError:
             pass
         except Exception:
@@ -188,14 +188,14 @@ class _Events:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         data = b""
         if self._event is None:
-            checkpoint.make_dir(self._path.parent)
+            files.make_dir(self._path.parent)
             self._event = import_module("tensorboard.compat.proto.event_pb2").Event
             data = self._record(file_version="brain.Event:2")
             if self._resume_step is not None:
                 # A new session hides what earlier files hold from its step on; 1 is SessionLog.START.
                 data += self._record(step=self._resume_step + 1, session_log={"status": 1})
         summary = {"value": [{"tag": tag, "simple_value": value} for tag, value in values.items()]}
-        checkpoint.append(self._path, data + self._record(step=step, summary=summary))
+        files.append(self._path, data + self._record(step=step, summary=summary))
 
     def _record(self, **fields: Any) -> bytes:
         """An event as a TFRecord: length, its masked CRC, data, its masked CRC; all little-endian."""
@@ -233,7 +233,7 @@ def _parse(line: bytes) -> Row | None:
 def _cut(path: Path, step: int) -> None:
     """Cuts metrics.jsonl before its first row past `step`, and what is torn at its end."""
     try:
-        data = checkpoint.read_bytes(path)
+        data = files.read_bytes(path)
     except FileNotFoundError:
         return
     kept = end = 0
@@ -244,4 +244,4 @@ def _cut(path: Path, step: int) -> None:
                 break
             kept = end
     if kept < len(data):
-        checkpoint.truncate(path, kept)
+        files.truncate(path, kept)

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from pgrl import checkpoint
+from pgrl import files
 from pgrl.runs import Run
 from pgrl.upkeep import Upkeep
 
@@ -145,8 +145,8 @@ class Profile:
         tree = {"steps": self.steps, "seconds": self.seconds, "sections": [line._asdict() for line in self.lines()]}
         note = f"also in {run_dir}: profile.json, profile.png"
         try:
-            checkpoint.write_text(run_dir / "profile.json", json.dumps(tree, indent=2) + "\n")
-            checkpoint.write_bytes(run_dir / "profile.png", self.picture(title))
+            files.write_text(run_dir / "profile.json", json.dumps(tree, indent=2) + "\n")
+            files.write_bytes(run_dir / "profile.png", self.picture(title))
         except ImportError:
             note = f"also in {run_dir}: profile.json; for a picture: pip install matplotlib"
         except OSError as error:

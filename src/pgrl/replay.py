@@ -9,27 +9,24 @@ second, small ring, the ends.
 
 from __future__ import annotations
 
-import math
-import struct
 import weakref
 from collections.abc import Iterator
-from functools import cache
 from typing import Any, NamedTuple
 
 import gymnasium.spaces as spaces
 import torch
 from torch import Generator, Tensor
 
-from pgrl.data import Transition, action_rows, restore_generator
-from pgrl.rows import Rows
+from pgrl.data import Transition, restore_generator
+from pgrl.replay_layout import columns, field, layout
+from pgrl.replay_rows import Snapshot, fit, held
+from pgrl.sum_tree import SumTree, tree_sizes
 
 # A link is 2 * entry + terminated where an episode ended, and -2 - 2 * entry elsewhere, entry being the next one to
 # come. Entries are numbered in order of time and env, modulo ENTRIES, so that a link fits 32 bits. So the link of the
 # oldest row tells where the live ends begin, and ends are freed by no work at all.
 ENTRIES = 2**30
 FEWEST_ENDS = 64  # room for ends at first; it doubles when it is full
-SEGMENTS, SEGMENT_BYTES = 64, 2**18  # a full ring has about so many segments, or fewer of at least so many bytes
-FAN = 32  # children of a node of the sum tree
 
 
 class Batch(NamedTuple):
@@ -54,55 +51,6 @@ class Priority(NamedTuple):
     eps: float = 1e-6
 
 
-class Layout(NamedTuple):
-    """Where things lie in the bytes of a row, and how many rows there are."""
-
-    capacity: int  # rows in time; times num_envs: transitions
-    num_envs: int
-    obs_shape: tuple[int, ...]
-    obs_dtype: torch.dtype
-    obs_bytes: int
-    action_shape: tuple[int, ...]
-    action_dtype: torch.dtype  # as stored: float32 or int32
-    action_at: int
-    reward_at: int  # then the discount, gamma or 0, and the link
-    width: int  # bytes
-    n_step: int
-
-    @property
-    def size(self) -> int:
-        """Times in the ring: those it holds, and the head."""
-        return self.capacity + 1
-
-    @property
-    def length(self) -> int:
-        """Rows of an env: the ring, and its first n rows once more, so that n rows follow every row."""
-        return self.size + self.n_step
-
-    @property
-    def segment(self) -> int:
-        """Times in a segment of a checkpoint."""
-        return max(-(-self.capacity // SEGMENTS), -(-SEGMENT_BYTES // (self.num_envs * self.width)))
-
-
-def layout(
-    capacity: int, num_envs: int, obs_space: spaces.Box, action_space: spaces.Space[Any], n_step: int = 1
-) -> Layout:
-    """The layout for `capacity` transitions of `num_envs` envs, rounded down to whole times, but at least one."""
-    obs_dtype = torch.uint8 if obs_space.dtype == "uint8" else torch.float32
-    obs_bytes = torch.Size(obs_space.shape).numel() * obs_dtype.itemsize
-    shape, dtype = action_rows(action_space)
-    if not dtype.is_floating_point:
-        dtype = torch.int32
-    action_at = -(-obs_bytes // 4) * 4
-    reward_at = action_at + torch.Size(shape).numel() * dtype.itemsize
-    times = max(1, capacity // num_envs)
-    return Layout(
-        *(times, num_envs, obs_space.shape, obs_dtype, obs_bytes, shape, dtype),
-        *(action_at, reward_at, reward_at + 12, n_step),
-    )
-
-
 def nbytes(
     capacity: int,
     num_envs: int,
@@ -119,23 +67,6 @@ def nbytes(
     rows = shape.num_envs * shape.length
     tree = 0 if prioritised is None else 8 * sum(tree_sizes(rows))
     return rows * shape.width + FEWEST_ENDS * shape.obs_bytes + tree
-
-
-def field(rows: Tensor, at: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """What lies from byte `at` on in rows [..., width], as [..., *shape]: a view."""
-    size = torch.Size(shape).numel() * dtype.itemsize
-    return rows[..., at : at + size].view(dtype).view(*rows.shape[:-1], *shape)
-
-
-def columns(data: Tensor, count: int, width: int, at: int, shape: tuple[int, ...]) -> Tensor:
-    """Columns of contiguous data [count, width] from `at` on, as [count, *shape]: a view, in one operation."""
-    return data.as_strided((count, *shape), (width, *strides(shape)), at)
-
-
-@cache
-def strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Those of a contiguous tensor of this shape."""
-    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
 class ReplayBuffer:
@@ -383,7 +314,15 @@ class ReplayBuffer:
 
     def state_dict(self) -> dict[str, Any]:
         """The state as of now; its `rows` stay those of now whatever is added later, as long as the state is kept."""
-        snapshot = Snapshot(self)
+        snapshot = Snapshot(
+            self.layout,
+            self._rows,
+            self._ends,
+            first=self._first,
+            time=self._time,
+            next_end=self._next_end,
+            saved=self._saved,
+        )
         refs = [ref for ref in self._snapshots if ref() is not None]
         self._snapshots = [*refs, weakref.ref(snapshot)]
         head = None if self._rows is None else self._obs[self._time % self.layout.size].clone()
@@ -453,179 +392,3 @@ def plain(x: Tensor) -> Any:
 def differ(a: Tensor, b: Tensor, lead: int) -> Tensor:
     """Which observations are not equal; the first `lead` dimensions tell them apart."""
     return (a != b).reshape(*a.shape[:lead], -1).any(-1)
-
-
-class Snapshot:
-    """The rows that a buffer held at one moment, while the buffer goes on.
-
-    The buffer copies what it overwrites, so that a snapshot costs what is overwritten while it is kept.
-    """
-
-    def __init__(self, buffer: ReplayBuffer) -> None:
-        self.layout, self.rows, self.ends = buffer.layout, buffer._rows, buffer._ends
-        self.first, self.time, self.next_end = buffer._first, buffer._time, buffer._next_end
-        self.saved = buffer._saved  # the buffer's own, so that the next snapshot knows it too
-        self.kept: list[tuple[Tensor, Tensor]] = []  # slots [n], and what was there, [n, B, width]
-        self.kept_ends: list[tuple[Tensor, Tensor]] = []  # slots of ends [n], and what was there, [n, obs_bytes]
-
-    @property
-    def info(self) -> dict[str, Any]:
-        """The first time, the next entry, and what tells whether a buffer fits."""
-        now = {"first": self.first, "time": self.time, "next_end": self.next_end}
-        return {**now, "segment": self.layout.segment, **fit(self.layout)}
-
-    def segments(self) -> dict[int, bool]:
-        """All but the last are final, or all but the last two: the newest row may still be cut."""
-        length = self.layout.segment
-        if self.rows is None or self.first == self.time:
-            return {}
-        numbers = range(self.first // length, -(-self.time // length))
-        return {number: (number + 1) * length < self.time for number in numbers}
-
-    def read(self, number: int) -> bytes:
-        """A segment: its first time and the time after its last (int64), the rows, and the ends that they name."""
-        assert self.rows is not None
-        shape = self.layout
-        first = max(self.first, number * shape.segment)
-        stop = min(self.time, (number + 1) * shape.segment)
-        block = as_it_was(self.rows, torch.arange(first, stop) % shape.size, self.kept)
-        link = field(block, shape.width - 4, (), torch.int32)
-        ends = as_it_was(self.ends, (link[link >= 0] >> 1) % len(self.ends), self.kept_ends)
-        return struct.pack("<qq", first, stop) + block.numpy().tobytes() + ends.numpy().tobytes()
-
-    def __deepcopy__(self, _: object) -> Copied:
-        return Copied(self)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Rows) and same(self, other)
-
-    __hash__ = None  # type: ignore[assignment]
-
-
-class Copied:
-    """A copy of rows that shares nothing with a buffer."""
-
-    def __init__(self, rows: Rows) -> None:
-        self.info, self.saved, self._final = rows.info, dict(rows.saved), rows.segments()
-        self._data = {number: rows.read(number) for number in self._final}
-
-    def segments(self) -> dict[int, bool]:
-        """Those of the original."""
-        return self._final
-
-    def read(self, number: int) -> bytes:
-        """The same bytes."""
-        return self._data[number]
-
-
-def as_it_was(memory: Tensor, slots: Tensor, kept: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """`memory` [size, ...] at `slots` [n] before what was there was `kept`: [n, ...] in host memory."""
-    block = memory.index_select(0, slots.to(memory.device)).cpu()
-    place = {slot: i for i, slot in enumerate(slots.tolist())}
-    for changed, before in reversed(kept):  # of many changes the first tells what was there
-        for i, slot in enumerate(changed.tolist()):
-            if slot in place:
-                block[place[slot]] = before[i]
-    return block
-
-
-def fit(shape: Layout) -> dict[str, int]:
-    """What must be the same for one buffer to load the rows of another."""
-    keys = ("capacity", "num_envs", "width", "obs_bytes")
-    return {key: getattr(shape, key) for key in keys}
-
-
-def held(rows: Rows) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Segment by segment: its first time that is held, the rows [times, B, width], and their ends [n, obs_bytes].
-
-    ValueError where the bytes are not those of such rows.
-    """
-    told = rows.info
-    capacity, num_envs, width, obs_bytes = (told[key] for key in ("capacity", "num_envs", "width", "obs_bytes"))
-    time = told["first"]
-    for number in rows.segments():
-        data = bytearray(rows.read(number))
-        first, stop = struct.unpack_from("<qq", data)
-        size = 16 + (stop - first) * num_envs * width
-        if not first <= time < stop <= told["time"] or stop - first > capacity or len(data) < size:
-            raise ValueError(f"segment {number} holds the times {first} to {stop}, where {time} was expected")
-        every = torch.frombuffer(data, dtype=torch.uint8)
-        block, ends = every[16:size].view(-1, num_envs, width), every[size:]
-        named = field(block, width - 4, (), torch.int32) >= 0
-        if len(ends) != int(named.sum()) * obs_bytes:
-            raise ValueError(f"segment {number} has {len(data):,} bytes, which is not what its rows say")
-        skipped = int(named[: time - first].sum())  # of times that were overwritten before the state was taken
-        yield time, block[time - first :], ends.view(-1, obs_bytes)[skipped:]
-        time = stop
-    if time != told["time"]:
-        raise ValueError(f"the rows from time {time} on are missing")
-
-
-def same(a: Rows, b: Rows) -> bool:
-    """Whether two states have the same rows, however they are kept."""
-    if a.info != b.info:
-        return False
-    pairs = zip(held(a), held(b), strict=True)
-    return all(x[0] == y[0] and torch.equal(x[1], y[1]) and torch.equal(x[2], y[2]) for x, y in pairs)
-
-
-def tree_sizes(leaves: int) -> list[int]:
-    """The nodes of each level of a sum tree from the leaves up to a single family."""
-    sizes = [-(-leaves // FAN) * FAN]
-    while sizes[-1] > FAN:
-        sizes.append(-(-sizes[-1] // FAN**2) * FAN)
-    return sizes
-
-
-class SumTree:
-    """Priorities as the leaves of a tree of sums with FAN children a node; a leaf of 0 is never found.
-
-    Every sum is computed anew from its children, so that no rounding accumulates.
-    """
-
-    def __init__(self, leaves: int, device: torch.device) -> None:
-        sizes = tree_sizes(leaves)
-        self.nodes = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
-        self.levels = self.nodes.split(sizes)  # from the leaves up
-        self.highest = torch.ones((), dtype=torch.float64, device=device)  # priority so far, for what is new
-
-    def replace(self, new: Tensor, removed: Tensor) -> None:
-        """Give the leaves `new` [N] the highest priority that any had, and empty the leaves `removed` [M]."""
-        self.levels[0][new] = self.highest
-        self.levels[0][removed] = 0.0
-        self._sum(torch.cat((new, removed)))
-
-    def set(self, index: Tensor, priority: Tensor) -> None:
-        """Change the leaves `index` [N], but for empty ones; of several priorities of one leaf the highest counts."""
-        leaves = self.levels[0]
-        priority = priority.masked_fill(leaves[index] == 0, 0.0)
-        leaves.scatter_reduce_(0, index, priority, "amax", include_self=False)
-        torch.maximum(self.highest, priority.max(), out=self.highest)
-        self._sum(index)
-
-    def _sum(self, index: Tensor) -> None:
-        for below, above in zip(self.levels[:-1], self.levels[1:], strict=True):
-            index = index.div(FAN, rounding_mode="floor")
-            above[index] = below.view(-1, FAN).index_select(0, index).sum(1)
-
-    def find(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """The leaves that the shares u [N] in [0, 1) of the sum fall on, and the share of the sum that each has."""
-        total = self.levels[-1].sum()
-        u, index = (u * total).unsqueeze(1), torch.zeros_like(u, dtype=torch.int64)
-        for level in reversed(self.levels):
-            sums = level.view(-1, FAN).index_select(0, index).cumsum(1)
-            # Below the last sum, so that rounding finds no empty leaf.
-            u = torch.minimum(u, sums[:, -1:] * (1 - 2**-50))
-            child = torch.searchsorted(sums, u, right=True)  # the first whose sum exceeds u
-            before = sums.gather(1, (child - 1).clamp_(min=0)).masked_fill_(child == 0, 0.0)
-            u, index = u - before, FAN * index + child.squeeze(1)
-        return index, self.levels[0][index] / total
-
-    def state_dict(self) -> dict[str, Any]:
-        """All sums: not computed anew, they are the same to the last bit."""
-        return {"nodes": self.nodes, "highest": self.highest}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore, in place."""
-        self.nodes.copy_(state["nodes"])
-        self.highest.copy_(state["highest"])

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pgrl import checkpoint, memory, processor
+from pgrl import files, memory, processor
 from pgrl.agents import AGENTS, Agent, Setting
 from pgrl.config import RunConfig
 from pgrl.envs import VecEnv, make_vec
@@ -285,7 +285,7 @@ def write_status(run_dir: Path, state: str, config: RunConfig, run: Run) -> None
         "best_step": position.best_step if position.best_step >= 0 else None,
     }
     try:
-        checkpoint.write_text(run_dir / "status.json", json.dumps(status, indent=2) + "\n")
+        files.write_text(run_dir / "status.json", json.dumps(status, indent=2) + "\n")
     except OSError as error:
         log.warning("status.json not written: %s", error)
 

@@ -1,4 +1,4 @@
-"""Crashes, power cuts, failing disks, damage and malice, injected into checkpoint.py."""
+"""Crashes, power cuts, failing disks, damage and malice, injected into checkpoint.py and files.py."""
 
 import errno
 import hashlib
@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from pgrl import checkpoint
+from pgrl import checkpoint, files
 from pgrl.errors import CheckpointError
 
 FILES = ("state.safetensors", "state.json", "MANIFEST.json")
@@ -61,13 +61,13 @@ def resume_and_save(run_dir: Path) -> None:
     checkpoint.clean(run_dir)
     checkpoint.load_newest(run_dir, lambda message: None)
     checkpoint.save(run_dir, 40, state_of(40), keep=1, keep_also=[10])
-    checkpoint.write_text(run_dir / "status.json", '{"step": 40}')
+    files.write_text(run_dir / "status.json", '{"step": 40}')
 
 
 def count_operations(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object]) -> int:
     seen: list[str] = []
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_operation", lambda name, path: seen.append(name))
+        patch.setattr(files, "operation", lambda name, path: seen.append(name))
         action()
     return len(seen)
 
@@ -97,7 +97,7 @@ def dies(action: Callable[[], object]) -> bool:
 @pytest.mark.parametrize("damaged", [False, True], ids=["sound", "newest damaged"])
 def test_death_at_every_operation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool) -> None:
     template = make_run(tmp_path / "template", 10, 20, 30)
-    checkpoint.write_text(template / "status.json", '{"step": 30}')
+    files.write_text(template / "status.json", '{"step": 30}')
     if damaged:
         damage(template, 30)
     newest = 20 if damaged else 30
@@ -107,7 +107,7 @@ def test_death_at_every_operation(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for k in range(total + 1):
         run_dir = Path(shutil.copytree(template, tmp_path / str(k)))
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, "_operation", at(k, lambda: os._exit(9)))
+            patch.setattr(files, "operation", at(k, lambda: os._exit(9)))
             assert dies(lambda run_dir=run_dir: resume_and_save(run_dir)) is (k < total)
         warnings: list[str] = []
         step, state = checkpoint.load_newest(run_dir, warnings.append)
@@ -128,7 +128,7 @@ def test_death_during_the_first_save(tmp_path: Path, monkeypatch: pytest.MonkeyP
         run_dir = tmp_path / str(k)
         run_dir.mkdir()
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, "_operation", at(k, lambda: os._exit(9)))
+            patch.setattr(files, "operation", at(k, lambda: os._exit(9)))
             assert dies(lambda run_dir=run_dir: make_run(run_dir, 1))
         if checkpoint.list_steps(run_dir):
             assert_state(1, checkpoint.load_newest(run_dir, pytest.fail)[1])
@@ -168,7 +168,7 @@ def test_power_cut_at_every_operation(tmp_path: Path, monkeypatch: pytest.Monkey
         with monkeypatch.context() as patch:
             patch.setattr(os, "rename", rename)
             patch.setattr(os, "fsync", fsync)
-            patch.setattr(checkpoint, "_operation", at(k, strike))
+            patch.setattr(files, "operation", at(k, strike))
             try:
                 resume_and_save(run_dir)
             except PowerCutError:
@@ -210,7 +210,7 @@ def test_failing_disk_at_every_operation(
                 raise OSError(code, os.strerror(code), str(path))
 
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, "_operation", fail)
+            patch.setattr(files, "operation", fail)
             with pytest.raises(checkpoint.SaveError, match=os.strerror(code)) as caught:
                 save(run_dir)
         assert caught.value.errno == code
@@ -236,9 +236,9 @@ def test_a_full_disk_for_real(tmp_path: Path) -> None:
         try:
             checkpoint.save(tmp_path, 2, {"weights": torch.zeros(10_000)})
         except checkpoint.SaveError:
-            checkpoint.append(tmp_path / "log", "a" * 4000 + "\n")
+            files.append(tmp_path / "log", "a" * 4000 + "\n")
             try:
-                checkpoint.append(tmp_path / "log", "b" * 4000 + "\n")
+                files.append(tmp_path / "log", "b" * 4000 + "\n")
             except OSError:
                 os._exit(9)
 

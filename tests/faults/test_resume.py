@@ -18,7 +18,7 @@ import torch
 
 from pgrl import checkpoint
 from pgrl.logger import read_rows
-from pgrl.replay import same
+from pgrl.replay_rows import same
 from pgrl.rows import Rows
 
 CASES = {

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tests.faults.test_checkpoint_faults import PowerCutError, at, corrupt, count_operations, dies, no_fsync, tmp_path
 
-from pgrl import checkpoint
+from pgrl import checkpoint, files
 from pgrl.data import Transition
 from pgrl.errors import CheckpointError
 from pgrl.replay import ReplayBuffer
@@ -26,7 +26,7 @@ CAPACITY = 30
 
 @pytest.fixture(autouse=True)
 def small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pgrl.replay.SEGMENT_BYTES", 5 * 24)
+    monkeypatch.setattr("pgrl.replay_layout.SEGMENT_BYTES", 5 * 24)
 
 
 def buffer_at(count: int) -> ReplayBuffer:
@@ -98,7 +98,7 @@ def test_death_at_every_operation(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for k in range(total + 1):
         run_dir = linked_copy(template, tmp_path / str(k))
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, "_operation", at(k, lambda: os._exit(9)))
+            patch.setattr(files, "operation", at(k, lambda: os._exit(9)))
             assert dies(lambda run_dir=run_dir: resume_and_save(run_dir)) is (k < total)
         step, state = checkpoint.load_newest(run_dir, pytest.fail)
         assert step in (48, 58)
@@ -128,7 +128,7 @@ def test_power_cut_at_every_operation(tmp_path: Path, monkeypatch: pytest.Monkey
 
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", fsync)
-            patch.setattr(checkpoint, "_operation", at(k, strike))
+            patch.setattr(files, "operation", at(k, strike))
             try:
                 resume_and_save(run_dir)
             except PowerCutError:
@@ -172,7 +172,7 @@ def test_failing_disk_at_every_operation(
 
         failed = False
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, "_operation", fail)
+            patch.setattr(files, "operation", fail)
             try:
                 save(run_dir, buffer, 2)
             except checkpoint.SaveError as error:

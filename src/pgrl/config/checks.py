@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pgrl.checkpoint import is_unused
 from pgrl.config import schema
+from pgrl.files import is_unused
 
 if TYPE_CHECKING:
     from pgrl.config.schema import RunConfig
