@@ -20,6 +20,7 @@ from pgrl import checkpoint
 from pgrl.logger import read_rows
 from pgrl.replay_rows import same
 from pgrl.rows import Rows
+from pgrl.upkeep import SNAPSHOT_SECONDS
 
 CASES = {
     "ppo-classic": ["algo=ppo", "env=CartPole-v1", "total_timesteps=24576", "num_envs=4", "algo.num_steps=64"],
@@ -209,7 +210,7 @@ def test_signal_saves_and_exits_with_its_code(how: signal.Signals, tmp_path: Pat
         f"run_dir={run_dir}",
     )
     wait_for_start(run_dir, process)
-    time.sleep(1.5)
+    time.sleep(SNAPSHOT_SECONDS + 1.0)
     sent = time.monotonic()
     process.send_signal(how)
     finish(process, 128 + how)
