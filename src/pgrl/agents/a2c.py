@@ -59,7 +59,7 @@ class A2C(Agent):
         self.net.to(setting.device)
         self.obs_norm, self.value_norm, self.reward_scaler = make_normalisers(config, setting)
         self.noise = NoiseStream(self.net.noise, config.num_steps, generator(setting.seed, 0, setting.device))
-        self.updates = torch.zeros((), dtype=torch.int64)
+        self.updates = torch.zeros((), dtype=torch.int64, device=setting.device)
         rmsprop = partial(RMSProp, alpha=config.rms_prop_alpha, eps=config.opt_eps)
         self.step = GradientStep(
             self.loss,
@@ -74,6 +74,16 @@ class A2C(Agent):
         return self.actor.sample(obs, self.noise.next(len(obs))) if explore else self.actor.mode(obs)
 
     def update(self, rollout: Transition, progress: float) -> dict[str, Tensor]:
+        return self.learn(rollout, *self.schedules(progress))
+
+    def schedules(self, progress: float) -> tuple[Tensor]:
+        """The learning rate [] at `progress`."""
+        config = self.config
+        lr = config.learning_rate * (1.0 - progress if config.anneal_lr else 1.0)
+        return (torch.tensor(lr, device=self.updates.device),)
+
+    def learn(self, rollout: Transition, lr: Tensor) -> dict[str, Tensor]:
+        """`update`, given what `schedules` says; it asks the host nothing."""
         config, raw_obs = self.config, rollout.obs
         rollout = prepare(config, self.net, self.obs_norm, self.reward_scaler, rollout)
         value, advantage, returns = targets(config, self.net, self.value_norm, rollout)
@@ -81,7 +91,6 @@ class A2C(Agent):
             advantage = functional.normalise(advantage)
 
         batch = flatten_time(Batch(rollout.obs, rollout.action, advantage, returns))
-        lr = torch.tensor(config.learning_rate * (1.0 - progress if config.anneal_lr else 1.0), device=value.device)
         steps = self.step(batch, lr, ())
         self.updates += 1
 

@@ -76,6 +76,8 @@ def values(
     After a step that is `terminated` [T, B] the second is arbitrary.
     """
     num_steps, num_envs = rollout.reward.shape
+    if not rollout.obs.is_cpu:  # to pick the few of below would wait for the device, and could not be captured
+        return all_values(net, value_norm, rollout)
     # the value of the next row is the successor's, but at the rollout's end and where the clock cut an episode
     cut = rollout.truncated & ~terminated
     successors = rollout.next_obs[-1], rollout.next_obs[cut]
@@ -83,6 +85,13 @@ def values(
     value = both[: num_steps * num_envs].view(num_steps, num_envs)
     next_value = both[num_envs : (num_steps + 1) * num_envs].view(num_steps, num_envs)
     return value, next_value.masked_scatter(cut, both[(num_steps + 1) * num_envs :])
+
+
+@torch.no_grad()
+def all_values(net: ActorCritic, value_norm: RunningNorm | None, rollout: Transition) -> tuple[Tensor, Tensor]:
+    """As `values`, by a pass over all successors, whichever of them are needed."""
+    value, next_value = critic(net, value_norm, torch.cat([rollout.obs, rollout.next_obs]).flatten(0, 1)).chunk(2)
+    return value.view_as(rollout.reward), next_value.view_as(rollout.reward)
 
 
 @torch.no_grad()
