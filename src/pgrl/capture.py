@@ -115,7 +115,7 @@ def record(call: Callable[[], None], generators: Sequence[Generator], device: to
         with torch.cuda.device(device), torch.cuda.graph(graph, stream=torch.cuda.Stream(device)):
             call()
     except RuntimeError as error:
-        why = str(error).splitlines()[0]
+        why = str(error).partition("\n")[0]
         raise UserError(f"capture: CUDA refused a graph: {why}\nUse: capture=false") from error
     return graph.replay
 
