@@ -10,8 +10,6 @@ if __name__ == "__main__":  # here, not at the end: a wrong command is answered 
 
 import math
 import time
-from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -48,12 +46,12 @@ def train(config: RunConfig, run: Run, upkeep: Upkeep) -> None:
     rollout = Rollout(agent.num_steps, env.num_envs, env.obs_space, env.action_space, env.device)
     steps = agent.num_steps * env.num_envs
     iterations = config.total_timesteps // steps
-    gather: Callable[[Tensor], Transition] = partial(collect, env, agent, rollout, device=device)
-    update: Callable[[Transition, float], dict[str, Tensor]] = agent.update
-    if config.capture in (True, "rollout"):
-        gather = Captured(gather, [agent, env], device)
-    if config.capture in (True, "update"):
-        update = captured_update(agent)
+
+    def play(obs: Tensor) -> Transition:
+        return collect(env, agent, rollout, obs, device)
+
+    gather = Captured(play, [agent, env], device) if config.capture in (True, "rollout") else play
+    update = captured_update(agent) if config.capture in (True, "update") else agent.update
     obs = env.obs()
     try:
         while position.iteration < iterations:
