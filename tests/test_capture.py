@@ -35,6 +35,7 @@ from pgrl.config import capturing, compose
 from pgrl.data import Rollout, Transition
 from pgrl.envs import EnvConfig, make_vec
 from pgrl.errors import UserError
+from pgrl.networks import ActorCritic
 from pgrl.runs import build
 from pgrl.train import NonFiniteError, check_finite, collect
 
@@ -282,7 +283,7 @@ def test_calls_are_those_of_the_function(how: str, monkeypatch: pytest.MonkeyPat
     captured = Captured(ours.move, [ours], CPU)
     room = None
     for k in range(4):
-        mine, given = torch.full((2,), float(k)), torch.full((2,), float(k))
+        mine, given = torch.full((2,), k + 1.0), torch.full((2,), k + 1.0)
         place, by = captured(mine)
         expected, _ = theirs.move(given)
         assert torch.equal(place, expected) and torch.equal(by, given)
@@ -390,8 +391,7 @@ def test_metrics_are_read_before_the_next_update(monkeypatch: pytest.MonkeyPatch
 def make(cls: type, keys: dict[str, Any], world: str = "box", device: torch.device = CPU) -> Any:
     torch.manual_seed(1)
     setting = Setting(WORLDS[world].obs, WORLDS[world].action, 2, 1, device)
-    with device:  # to the meta device nothing can be moved
-        return AGENTS[cls](configure(cls, keys), setting)
+    return AGENTS[cls](configure(cls, keys), setting)
 
 
 @pytest.mark.parametrize("cls", ON_POLICY)
@@ -498,8 +498,12 @@ def test_the_guard_sees_the_host(call: Callable[[Tensor], Any], words: str) -> N
 
 @pytest.fixture
 def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the meta device lacks: generators, numbers of the spaces while networks are made, and Adam's kernel."""
-    units = pgrl.networks.units
+    """What the meta device lacks: generators, networks that can be moved there, and Adam's kernel."""
+    units, begin = pgrl.networks.units, ActorCritic.__init__
+
+    def begin_there(*rest: Any) -> None:
+        with META:
+            begin(*rest)
 
     def units_on_host(*rest: Any, **named: Any) -> dict[str, Tensor]:
         with CPU:
@@ -509,7 +513,8 @@ def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
         assert {x.device for x in (*tensors(lists), lr, grad_scale)} == {META}
 
     monkeypatch.setattr(torch, "Generator", HostGenerator)
-    monkeypatch.setattr("pgrl.networks.units", units_on_host)
+    monkeypatch.setattr(ActorCritic, "__init__", begin_there)
+    monkeypatch.setattr("pgrl.networks.units", units_on_host)  # is asked for numbers
     monkeypatch.setattr(torch, "_fused_adam_", fused_adam)
 
 
@@ -554,8 +559,7 @@ def test_the_early_stop_asks_the_host(on_meta: None) -> None:
 @pytest.mark.parametrize("name", ["CartPole-v1", "Pendulum-v1", "Acrobot-v1", "MountainCarContinuous-v0"])
 def test_no_rollout_asks_the_host(name: str, keys: dict[str, Any], cls: type, on_meta: None) -> None:
     env = make_vec(EnvConfig(name, backend="torch"), 2, 1, "meta")
-    with META:
-        agent = AGENTS[cls](configure(cls, keys), Setting(env.obs_space, env.action_space, 2, 1, META))
+    agent = AGENTS[cls](configure(cls, keys), Setting(env.obs_space, env.action_space, 2, 1, META))
     rollout = Rollout(agent.num_steps, 2, env.obs_space, env.action_space, META)
     obs = env.reset()
     assert refused(lambda: collect(env, agent, rollout, obs, META)) == ""
