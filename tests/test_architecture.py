@@ -17,7 +17,7 @@ LAYERS = (
     ("launch", "verify"),
     ("asynchronous",),
     ("train", "profiling"),
-    ("upkeep",),
+    ("upkeep", "capture"),
     ("evaluate",),
     ("runs",),
     ("record",),

@@ -90,6 +90,10 @@ WRONG = [
     ("algo=a3c algo.num_workers=0", "algo.num_workers=0", "at least 1"),
     ("algo=a3c total_timesteps=4", "total_timesteps=4", "less than one rollout"),
     ("algo=a3c algo.optimizer=adam", "algo.optimizer=adam", "but for algo=a2c"),
+    # CUDA graphs
+    ("env=CartPole-v1 env.backend=torch capture=true", "capture=True", "need device=cuda"),
+    ("env=CartPole-v1 capture=maybe", "capture=maybe", "rollout or update"),
+    ("env=CartPole-v1 device=cuda:99 capture=update", "device=cuda:99", "not available"),
     # folders and devices
     ("device=cuda:99", "device=cuda:99", "not available"),
     ("run_dir=file/run", "run_dir=file/run", "not a folder"),

@@ -119,6 +119,77 @@ def test_compile_auto_does_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -
     assert "on cuda" in config.decide_compile(found)[1]
 
 
+ALL = "env=CartPole-v1 env.backend=torch"
+
+
+@pytest.mark.parametrize(
+    ("words", "captured", "why"),
+    [
+        (f"algo=ppo {ALL}", True, "^rollouts and updates are captured as two CUDA graphs$"),
+        (f"algo=a2c {ALL}", True, "rollouts and updates"),
+        (
+            f"algo=ppo {ALL} algo.target_kl=0.02",
+            "rollout",
+            "^rollouts are .*; updates are not, .*target_kl=0.02",
+        ),
+        (f"algo=trpo {ALL}", "rollout", "^rollouts are .*; updates are not, for algo=trpo decides"),
+        ("algo=a2c env=CartPole-v1", "update", "^updates are .*; rollouts are not, for env.backend=gymnasium steps"),
+        ("algo=npg env=CartPole-v1", False, "^nothing is .* env.backend=gymnasium .*, and algo=npg decides"),
+        ("algo=sac env=Pendulum-v1 env.backend=torch", False, "algo=sac decides on the CPU how it acts, and algo=sac"),
+        (f"algo=ppo {ALL} profile=true", False, "profile=true"),
+        (f"algo=ppo {ALL} capture=false", False, ""),
+    ],
+)
+def test_capture_auto_takes_what_can_be_captured(words: str, captured: bool | str, why: str) -> None:
+    found = config.compose(words.split())
+    assert config.decide_capture(found) == (False, "")  # a CPU has no graphs, and leaves nothing to decide
+    found.device = "cuda"  # composing asks for a GPU
+    decided, said = config.decide_capture(found)
+    assert decided == captured and re.search(why, said) and bool(said) == bool(why)
+    found.capture = decided
+    assert config.decide_capture(found) == (decided, "") and not list(checks.wrong_capture(found))
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "why", "use"),
+    [
+        ("env=CartPole-v1 capture=true", "capture", "^rollouts cannot .* env.backend=gymnasium", "capture=update"),
+        ("env=CartPole-v1 capture=rollout", "capture", "^rollouts cannot .* env.backend=gymnasium", "capture=update"),
+        (
+            f"{ALL} capture=true algo.target_kl=0.1",
+            "capture",
+            "^updates cannot .*target_kl=0.1",
+            "capture=rollout",
+        ),
+        (f"{ALL} algo=npg capture=update", "capture", "^updates cannot .* algo=npg", "capture=rollout"),
+        ("env=Pendulum-v1 algo=sac capture=true", "capture", "rollouts .*, and updates cannot", "capture=false"),
+        (f"{ALL} capture=true profile=true", "profile", "capture=true leaves a CUDA graph", "profile=false"),
+    ],
+)
+def test_what_cannot_be_captured_is_refused(
+    words: str, key: str, why: str, use: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "wrong_device", lambda _: [])
+    with pytest.raises(UserError) as caught:
+        config.compose([*words.split(), "device=cuda"])
+    line, remedy = str(caught.value).splitlines()
+    assert re.search(why, line.partition(": ")[2]) and line.startswith(f"{key}=")
+    assert use in remedy.split() and "device=cuda" in remedy.split()
+    assert config.compose(remedy.split()[4:])
+
+
+def test_a_resumed_run_keeps_to_what_it_captured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "wrong_device", lambda _: [])
+    folder = stopped_run(tmp_path / "run", *ALL.split(), "device=cuda", "capture=rollout")
+    assert config.decide_capture(config.compose([f"resume={folder}"])) == ("rollout", "")
+    on_cpu = config.compose([f"resume={folder}", "device=cpu"])
+    assert on_cpu.capture is False and config.decide_capture(on_cpu) == (False, "")
+    with pytest.raises(UserError, match="profile=True: capture=rollout leaves(.|\n)*profile=false"):
+        config.compose([f"resume={folder}", "profile=true"])
+    with pytest.raises(UserError, match="capture=true: cannot change"):
+        config.compose([f"resume={folder}", "capture=true"])
+
+
 def test_a_compiled_run_is_not_resumed_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = stopped_run(tmp_path / "run", "algo=ppo", "env=CartPole-v1", "compile=true")
     assert config.compose([f"resume={folder}"]).compile is True

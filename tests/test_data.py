@@ -221,3 +221,23 @@ def test_noise_survives_another_number_of_envs(before: int) -> None:
     b.load_state_dict(a.state_dict())
     for n in (2, 2, 3, 3, 2):
         assert torch.equal(a.next(n), b.next(n))
+
+
+def test_a_captured_block_of_noise_needs_no_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA gives none during a capture; elsewhere the state before a block is kept."""
+    asked: list[str] = []
+
+    class OnCUDA(Generator):
+        device = torch.device("cuda")
+
+        def get_state(self) -> Tensor:
+            asked.append("state")
+            return super().get_state()
+
+    s = NoiseStream(normal, 4, OnCUDA())
+    asked.clear()
+    for capturing in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
+        for _ in range(4):
+            s.next(3)
+        assert asked == ["state"] * (not capturing)

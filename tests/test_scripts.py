@@ -27,6 +27,7 @@ bench_peers: Any = importlib.import_module("bench_peers")
 bench_acting: Any = importlib.import_module("bench_acting")
 bench_compile: Any = importlib.import_module("bench_compile")
 bench_fisher: Any = importlib.import_module("bench_fisher")
+bench_gpu: Any = importlib.import_module("bench_gpu")
 bench_growth: Any = importlib.import_module("bench_growth")
 bench_updates: Any = importlib.import_module("bench_updates")
 reinforce_baselines: Any = importlib.import_module("reinforce_baselines")
@@ -406,6 +407,25 @@ def test_what_repays_a_compilation() -> None:
     assert line == "| ppo | 10.0 | 2.0 | 1.00 | 0.50 | 2.00 | 20,000 | 4,000 |"
     slower = [{"compiler": 10.0, "update": 0.64, "steps": 320.0}]
     assert "| never | never |" in bench_compile.line("ppo", {"eager": eager, "cold": slower, "warm": slower})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_gpu_bench_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_gpu.main([]) == 2
+    output = capsys.readouterr()
+    assert output.out == "" and len(output.err.splitlines()) == 1 and "no cuda" in output.err
+
+
+def test_the_gpu_bench_works_without_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_gpu.main(["--device", "cpu", "--envs", "64", "--iterations", "2", "--ways", "eager", "captured"]) == 0
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[-2:]]
+    assert [row[:2] for row in rows] == [["| 64", "eager"], ["| 64", "captured"]]
+    assert all(float(row[2].replace(",", "")) > 0 for row in rows)
+
+
+def test_the_gpu_bench_tells_what_takes_the_time() -> None:
+    m = {"whole": 0.5, "rollout": 0.1, "update": 0.3, "first": 2.0, "steps": 64}
+    assert bench_gpu.line(1024, "both", m) == "| 1,024 | both | 128 | 100.00 | 300.00 | 100.00 | 2.0 |"
 
 
 def test_growth_is_a_table_and_a_picture(tmp_path: Path) -> None:

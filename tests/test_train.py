@@ -59,6 +59,18 @@ def test_a_resumed_run_keeps_to_what_compile_auto_decided(tmp_path: Path, capsys
     assert decide_compile(longer) == (False, "")
 
 
+def test_a_run_says_what_is_captured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = run(tmp_path, "plain", *A2C, "total_timesteps=40")
+    assert "captured" not in capsys.readouterr().out and load_run(run_dir).capture is False
+    monkeypatch.setattr("pgrl.config.decide_capture", lambda _: ("update", "updates are captured"))
+    run_dir = run(tmp_path, "run", *A2C, "total_timesteps=40")
+    said = capsys.readouterr().out
+    assert "1 thread, updates captured | seed 3" in said and "\ncapture=auto: updates are captured\n" in said
+    assert load_run(run_dir).capture == "update"
+
+
 def test_default_folders_are_never_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     folders = {pgrl.run([*A2C, *QUIET, "total_timesteps=40"]) for _ in range(3)}

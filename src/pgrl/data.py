@@ -143,7 +143,8 @@ class NoiseStream:
         return self._rows[used]
 
     def _fill(self, num_envs: int) -> None:
-        self._start = self._generator.get_state()
+        if not (self._generator.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            self._start = self._generator.get_state()  # a captured rollout takes whole blocks, and needs no such state
         self._rows = self._draw((self._num_steps, num_envs), self._generator).unbind()
         self._used, self._num_envs = 0, num_envs
 

@@ -26,7 +26,8 @@ def launch(config: RunConfig) -> Path:
         signals = stack.enter_context(Signals())
         step = None
         compiled, why = configuration.decide_compile(config)
-        config = replace(config, compile=compiled)
+        captured, why_captured = configuration.decide_capture(config)
+        config = replace(config, compile=compiled, capture=captured)
         if config.resume is None:
             run = build(config)
             run_dir = configuration.new_run_dir(config)
@@ -55,6 +56,7 @@ def launch(config: RunConfig) -> Path:
 
         message = headline(config, run, run_dir) + ("" if step is None else f" | resumed at step {step:,}")
         message += f"\ncompile=auto: {why}" if why else ""
+        message += f"\ncapture=auto: {why_captured}" if why_captured else ""
         if not config.checkpoint.replay and replay_bytes(config, run.env) is not None:
             message += (
                 "\ncheckpoint.replay=false: a resumed run goes on with an empty replay buffer, and is not the same run"

@@ -298,10 +298,12 @@ def headline(config: RunConfig, run: Run, run_dir: Path) -> str:
     replay = ""
     if needed is not None:
         replay = f" | replay buffer: {config.algo.buffer_size:,} transitions, {needed / 1e6:,.0f} MB"
+    parts = {True: ", captured", "rollout": ", rollouts captured", "update": ", updates captured"}
+    how = ", compiled" * (config.compile is True) + parts.get(config.capture, "")
     of = f"{workers} worker{'s' * (workers > 1)} of " if workers else ""
     return (
         f"{run.agent.name} on {config.env.id} | {config.device}, {threads} thread{'s' * (threads > 1)}"
-        f"{', compiled' * (config.compile is True)} | seed {config.seed} | {config.total_timesteps:,} steps, "
+        f"{how} | seed {config.seed} | {config.total_timesteps:,} steps, "
         f"{of}{config.num_envs} env{'s' * (config.num_envs > 1)}{replay} | {run_dir}"
     )
 

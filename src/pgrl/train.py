@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pgrl.agents import Agent
+from pgrl.capture import Captured, captured_update
 from pgrl.config import RunConfig
 from pgrl.data import Rollout, Transition
 from pgrl.envs import VecEnv
@@ -45,16 +46,22 @@ def train(config: RunConfig, run: Run, upkeep: Upkeep) -> None:
     rollout = Rollout(agent.num_steps, env.num_envs, env.obs_space, env.action_space, env.device)
     steps = agent.num_steps * env.num_envs
     iterations = config.total_timesteps // steps
+
+    def play(obs: Tensor) -> Transition:
+        return collect(env, agent, rollout, obs, device)
+
+    gather = Captured(play, [agent, env], device) if config.capture in (True, "rollout") else play
+    update = captured_update(agent) if config.capture in (True, "update") else agent.update
     obs = env.obs()
     try:
         while position.iteration < iterations:
             upkeep.signals.check()
             start = time.perf_counter()
-            transition = collect(env, agent, rollout, obs, device)
+            transition = gather(obs)
             check_finite(transition._asdict(), f"{config.env.id} met or gave")
             obs = rollout.obs[-1]
             collected = time.perf_counter()
-            metrics = agent.update(transition, position.iteration / iterations)
+            metrics = update(transition, position.iteration / iterations)
             check_finite(metrics, "the update gave")
             updated = time.perf_counter()
 
@@ -72,6 +79,9 @@ def train(config: RunConfig, run: Run, upkeep: Upkeep) -> None:
 def check_finite(tensors: dict[str, Tensor], source: str) -> None:
     """NonFiniteError naming those of the tensors that hold NaN or infinity."""
     sums = [x.sum() if x.dim() else x for x in tensors.values() if x.is_floating_point()]
+    elsewhere = [x.double() for x in sums if not x.is_cpu]
+    if elsewhere:  # one wait for the device, not one for each
+        sums = [torch.stack(elsewhere).sum(), *(x for x in sums if x.is_cpu)]
     if math.isfinite(sum(map(float, sums))):
         return
     bad = [name for name, x in tensors.items() if not torch.isfinite(x).all()]

@@ -59,7 +59,7 @@ class A2C(Agent):
         self.net.to(setting.device)
         self.obs_norm, self.value_norm, self.reward_scaler = make_normalisers(config, setting)
         self.noise = NoiseStream(self.net.noise, config.num_steps, generator(setting.seed, 0, setting.device))
-        self.updates = torch.zeros((), dtype=torch.int64)
+        self.updates = torch.zeros((), dtype=torch.int64, device=setting.device)
         rmsprop = partial(RMSProp, alpha=config.rms_prop_alpha, eps=config.opt_eps)
         # statistics of returns are numbers in double precision, which dynamo would make constants of a graph
         whole = setting.compiled and self.value_norm is None

@@ -76,7 +76,8 @@ def values(
     After a step that is `terminated` [T, B] the second is arbitrary.
     """
     num_steps, num_envs = rollout.reward.shape
-    if torch.compiler.is_compiling():  # a graph has one shape, whatever is cut
+    # a graph has one shape, whatever is cut; and to pick the few of below would wait for a device
+    if torch.compiler.is_compiling() or not rollout.obs.is_cpu:
         return all_values(net, value_norm, rollout)
     # the value of the next row is the successor's, but at the rollout's end and where the clock cut an episode
     cut = rollout.truncated & ~terminated

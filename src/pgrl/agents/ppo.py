@@ -101,7 +101,7 @@ class PPO(Agent):
         self.order = generator(setting.seed, 1, setting.device)
         self.kl_coef = torch.tensor(config.kl_coef or 0.0, device=setting.device)
         self.lr_factor = torch.ones((), device=setting.device)
-        self.updates = torch.zeros((), dtype=torch.int64)
+        self.updates = torch.zeros((), dtype=torch.int64, device=setting.device)
         value_lr = config.value_learning_rate or config.learning_rate
         self.step = GradientStep(
             self.loss,
@@ -117,9 +117,12 @@ class PPO(Agent):
         return self.actor.sample(obs, self.noise.next(len(obs))) if explore else self.actor.mode(obs)
 
     def update(self, rollout: Transition, progress: float) -> dict[str, Tensor]:
+        return self.learn(rollout, *self.schedules(progress))
+
+    def learn(self, rollout: Transition, lr: Tensor, scalars: Scalars) -> dict[str, Tensor]:
+        """`update`, given what `schedules` says; without `target_kl` it asks the host nothing."""
         config, raw_obs = self.config, rollout.obs
         rollout = prepare(config, self.net, self.obs_norm, self.reward_scaler, rollout)
-        lr, scalars = self._schedules(progress)
         batch = self._batch(rollout)
 
         steps: list[Metrics] = []
@@ -199,7 +202,7 @@ class PPO(Agent):
             advantage = functional.normalise(advantage)
         return batch._replace(value=value, advantage=advantage, returns=returns)
 
-    def _schedules(self, progress: float) -> tuple[Tensor, Scalars]:
+    def schedules(self, progress: float) -> tuple[Tensor, Scalars]:
         """The learning rate [] and the scalars of `loss` at `progress`."""
         config, left = self.config, 1.0 - progress
         low = config.clip_coef if config.clip_coef is not None else float("inf")

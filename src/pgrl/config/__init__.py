@@ -27,6 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pgrl import checkpoint, env_ids
 from pgrl.config import checks, composition, schema
+from pgrl.config.capturing import decide_capture
 from pgrl.config.checks import Problem, Wrong, is_run, read_status
 from pgrl.config.compilation import decide_compile
 from pgrl.config.composition import key_of, values_of
@@ -39,6 +40,7 @@ __all__ = [
     "RunConfig",
     "compose",
     "config_dir",
+    "decide_capture",
     "decide_compile",
     "evaluate_main",
     "load_run",
@@ -71,6 +73,7 @@ HELP = f"""\
   eval_every=       steps between evaluations           save_every=   steps between checkpoints
   eval_episodes=    episodes of each                    log_every=    steps between rows of metrics
   threads=          of torch; null chooses              compile=      auto, true, false
+  capture=          on a GPU, rollouts and updates as CUDA graphs: auto, true, false, rollout, update
   checkpoint.replay=  false: checkpoints without the replay buffer, after which resume= is not exact
   profile=true      where the time goes: a table at the end, profile.json and profile.png
   algo.KEY= env.KEY=                                    --cfg job prints every key and its value
@@ -241,7 +244,9 @@ def resumed(config: RunConfig, given: dict[str, str]) -> RunConfig:
         why = f"the run is done, with {step:,} of {total:,} steps; a larger total_timesteps makes it longer"
         raise Wrong(Problem(key, given[key], why, use))
     keys = schema.keys(RunConfig, type(run.algo))
-    problems = [*checks.wrong_values(run, keys), *checks.wrong_asynchronous(run)]
+    if run.device == "cpu" and run.capture != "auto":
+        run.capture = False  # whatever the run did on a GPU
+    problems = [*checks.wrong_values(run, keys), *checks.wrong_asynchronous(run), *checks.wrong_capture(run)]
     problems += checks.wrong_env(run.env.id, run.env.backend)
     if run.compile is True and not checks.has_compiler():
         why = "the run's steps are compiled, and there is no C++ compiler, g++ or clang++: eager ones round differently"

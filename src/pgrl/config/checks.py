@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pgrl.config import schema
+from pgrl.config.capturing import obstacles
 from pgrl.files import is_unused
 
 if TYPE_CHECKING:
@@ -133,6 +134,10 @@ RULES: dict[str, Rule] = {
     "vf_coef": Rule(lambda x: x >= 0, "must not be negative"),
     "dual_clip": Rule(lambda x: x > 1, "must be above 1"),
     "compile": Rule(lambda x: isinstance(x, bool) or x == "auto", "must be auto, true or false"),
+    "capture": Rule(
+        lambda x: isinstance(x, bool) or x in ("auto", "rollout", "update"),
+        "must be auto, true, false, rollout or update",
+    ),
     "seed": Rule(lambda x: 0 <= x < 2**63, "must be from 0 to 2^63 - 1"),
     "device": Rule(lambda x: re.fullmatch(r"cpu|cuda(:\d+)?", x) is not None, "must be cpu, cuda or cuda:<number>"),
     "checkpoint": Rule(lambda x: re.fullmatch(r"last|best|\d+", x) is not None, "must be last, best or a step"),
@@ -284,6 +289,25 @@ def wrong_asynchronous(config: RunConfig) -> Iterator[Problem]:
         yield Problem("algo.norm_value", True, why, ("algo.norm_value=false",))
 
 
+def wrong_capture(config: RunConfig) -> Iterator[Problem]:
+    """What is to be captured in CUDA graphs, and cannot be."""
+    if config.capture in ("auto", False):
+        return
+    if config.device == "cpu":
+        why = "captures CUDA graphs, which need device=cuda"
+        yield Problem("capture", config.capture, why, ("capture=false",))
+        return
+    if config.profile:
+        why = f"{word('capture', config.capture)} leaves a CUDA graph, which has no parts whose time could be taken"
+        yield Problem("profile", True, why, ("profile=false",))
+    found, parts = obstacles(config), ("rollout", "update")
+    refused = [part for part in parts if part in found and config.capture in (True, part)]
+    if refused:
+        why = ", and ".join(f"{part}s cannot be captured, for {found[part]}" for part in refused)
+        left = [part for part in parts if part not in found]
+        yield Problem("capture", config.capture, why, (word("capture", left[0] if left else False),))
+
+
 def divisors(n: int) -> list[int]:
     """All divisors of a whole number above 0."""
     small = [k for k in range(1, math.isqrt(n) + 1) if n % k == 0]
@@ -424,6 +448,7 @@ def check(config: RunConfig, keys: dict[str, schema.Key]) -> list[Problem]:
         problems += wrong_together(config)
         problems += wrong_replay(config)
         problems += wrong_asynchronous(config)
+        problems += wrong_capture(config)
     problems += wrong_env(config.env.id, config.env.backend)
     if not problems:
         problems += wrong_episodes(config)

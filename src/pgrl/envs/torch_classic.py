@@ -248,7 +248,8 @@ class TorchVecEnv:
     number of envs and on the kind of device beside the seed.
 
     The length and the return of what ended are kept as rows [B], 12 bytes a step and env, until `episodes` reads them.
-    That call waits for the device, and takes the host about a microsecond for each episode that ended.
+    That call waits for the device, and takes the host about a microsecond for each episode that ended. It reads what
+    the rows hold, whether the host or a CUDA graph had them written.
     """
 
     def __init__(self, config: EnvConfig, num_envs: int, seed: int, device: torch.device) -> None:
@@ -265,7 +266,7 @@ class TorchVecEnv:
         self._state = torch.zeros(self._classic.size, num_envs, dtype=torch.float64, device=device)
         self._length = torch.zeros(num_envs, dtype=torch.int32, device=device)  # of the running episodes, steps
         self._return = torch.zeros(num_envs, dtype=torch.float64, device=device)
-        self._rows = 0  # steps since `episodes`, and for each the lengths (0: goes on) and returns of what ended
+        self._rows = 0  # steps since `episodes`; the lengths (0: goes on, or not yet written) and returns of what ended
         self._ended_length = torch.zeros(1, num_envs, dtype=torch.int32, device=device)
         self._ended_return = torch.zeros(1, num_envs, dtype=torch.float64, device=device)
         self._begun = False
@@ -275,7 +276,8 @@ class TorchVecEnv:
         self._state.copy_(self._first())
         self._length.zero_()
         self._return.zero_()
-        self._rows, self._begun = 0, True
+        self._forget()
+        self._begun = True
         return self.obs()
 
     def obs(self) -> Tensor:
@@ -306,10 +308,11 @@ class TorchVecEnv:
         return out
 
     def episodes(self) -> list[Episode]:
-        lengths, returns = self._ended_length[: self._rows], self._ended_return[: self._rows]
-        self._rows = 0
+        lengths, returns = self._ended_length, self._ended_return
         where = step, env = lengths.nonzero(as_tuple=True)
-        return list(map(Episode, returns[where].tolist(), lengths[where].tolist(), env.tolist()))
+        ended = list(map(Episode, returns[where].tolist(), lengths[where].tolist(), env.tolist()))
+        self._forget()
+        return ended
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -333,7 +336,8 @@ class TorchVecEnv:
         self._state.copy_(state["state"])
         self._length.copy_(state["length"])
         self._return.copy_(state["return"])
-        self._rows, self._begun = 0, True
+        self._forget()
+        self._begun = True
 
     def close(self) -> None: ...
 
@@ -342,6 +346,11 @@ class TorchVecEnv:
         shape, like = self._state.shape, self._state
         noise = torch.rand(shape, generator=self._generator, dtype=like.dtype, device=like.device)
         return self._classic.reset(noise)
+
+    def _forget(self) -> None:
+        """Leave no episode to tell of."""
+        self._ended_length.zero_()
+        self._rows = 0
 
     def _keep(self, ended: Tensor) -> None:
         """Note the lengths and returns of the episodes that `ended` [B]."""

@@ -1,0 +1,158 @@
+"""Rollouts and updates as CUDA graphs: thousands of kernels in one launch, with no word of the host between them.
+
+A graph repeats the operations of one call on the same memory. So what is captured may change tensors only in their
+place, may ask none for its value, and must leave nothing to Python that differs from call to call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Generator, Tensor, nn
+
+from pgrl.agents import Agent
+from pgrl.data import Transition
+from pgrl.errors import UserError
+from pgrl.runs import detached
+
+WARM_UPS = 2  # calls before the capture: libraries set themselves up at the first, torch.compile may until the second
+
+T = TypeVar("T")
+
+
+class Stateful(Protocol):
+    """A part of a run."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@runtime_checkable
+class Learner(Protocol):
+    """An agent whose update is a function of tensors: `update(rollout, p)` is `learn(rollout, *schedules(p))`."""
+
+    device: torch.device
+
+    def schedules(self, progress: float) -> tuple[Any, ...]:
+        """What depends on the share of training done, as trees of tensors on the device."""
+
+    def learn(self, rollout: Transition, *schedules: Any) -> dict[str, Tensor]:
+        """Learn from a rollout [T, B, ...]; metrics as 0-d tensors."""
+
+
+class Captured(Generic[T]):
+    """`function` of trees of tensors, captured at its first call and from then on repeated as it was then.
+
+    What it changes, the states of `parts` and perhaps its inputs, is as if that first call had been the only one: the
+    calls that warm up are undone. It draws from generators of `parts` alone. What it returns lies where the first
+    call's result lay, so a call overwrites the result before it. The inputs of the first call are its room for inputs:
+    later ones that lie elsewhere are copied there. On a CPU, where there are no graphs, the function itself is called.
+
+    UserError if CUDA refuses the capture.
+    """
+
+    def __init__(self, function: Callable[..., T], parts: Sequence[Stateful], device: torch.device) -> None:
+        self._function, self._parts, self._device = function, parts, device
+        self._inputs: tuple[Any, ...] = ()
+        self._replay: Callable[[], object] | None = None
+        self._result: T
+
+    def __call__(self, *inputs: Any) -> T:
+        if self._replay is None:
+            self._inputs = inputs
+            self._warm_up()
+            self._replay = record(self._call, [g for part in self._parts for g in generators(part)], self._device)
+        for mine, given in zip(tensors(self._inputs), tensors(inputs), strict=True):
+            if mine.data_ptr() != given.data_ptr():
+                mine.copy_(given)
+        self._replay()
+        return self._result
+
+    def _call(self) -> None:
+        self._result = self._function(*self._inputs)
+
+    def _warm_up(self) -> None:
+        """Call the function, on CUDA beside the main stream as torch asks for, and undo it."""
+        inputs = [(x, x.clone()) for x in tensors(self._inputs)]
+        states = [(part, detached(part.state_dict())) for part in self._parts]
+        with beside(self._device):
+            for _ in range(WARM_UPS):
+                self._call()
+                for part, state in states:
+                    part.load_state_dict(state)
+                for x, before in inputs:
+                    x.copy_(before)
+
+
+@contextmanager
+def beside(device: torch.device) -> Iterator[None]:
+    """Within it, what CUDA is given runs on a stream of its own, after what came before and ahead of what follows."""
+    if device.type != "cuda":
+        yield
+        return
+    main, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    side.wait_stream(main)
+    with torch.cuda.stream(side):
+        yield
+    main.wait_stream(side)
+
+
+def record(call: Callable[[], None], generators: Sequence[Generator], device: torch.device) -> Callable[[], object]:
+    """What repeats `call` on the device: the replay of a CUDA graph of it, and on a CPU the call itself.
+
+    To record it changes no tensor and no generator. Each replay draws on from where `generators` stand, and moves them.
+    """
+    if device.type != "cuda":
+        return call
+    graph = torch.cuda.CUDAGraph()
+    for generator in generators:
+        graph.register_generator_state(generator)
+    try:
+        # a stream of its own, for torch's is that of the device that it first captured on
+        with torch.cuda.device(device), torch.cuda.graph(graph, stream=torch.cuda.Stream(device)):
+            call()
+    except RuntimeError as error:
+        why = str(error).partition("\n")[0]
+        raise UserError(f"capture: CUDA refused a graph: {why}\nUse: capture=false") from error
+    return graph.replay
+
+
+def captured_update(agent: Agent) -> Callable[[Transition, float], dict[str, Tensor]]:
+    """`agent.update`, captured, for a `Learner`; its metrics come in main memory, by the one wait of an update."""
+    if not isinstance(agent, Learner):
+        raise TypeError(f"{agent.name} has no update that can be captured")
+    learner, names = agent, list[str]()
+
+    def learn(rollout: Transition, *schedules: Any) -> Tensor:
+        metrics = learner.learn(rollout, *schedules)
+        names[:] = metrics
+        return torch.stack([x.double() for x in metrics.values()])  # exact for what is counted, too
+
+    captured = Captured(learn, [agent], agent.device)
+
+    def update(rollout: Transition, progress: float) -> dict[str, Tensor]:
+        values = captured(rollout, *learner.schedules(progress)).to("cpu", copy=True)
+        return dict(zip(names, values.unbind(), strict=True))
+
+    return update
+
+
+def tensors(tree: Any) -> Iterator[Tensor]:
+    """The tensors of nested tuples, in order."""
+    if isinstance(tree, Tensor):
+        yield tree
+    else:
+        for branch in tree:
+            yield from tensors(branch)
+
+
+def generators(part: Any) -> Iterator[Generator]:
+    """The generators among the attributes of a part of a run, and among those of its parts that have a state."""
+    for value in vars(part).values():
+        if isinstance(value, Generator):
+            yield value
+        elif hasattr(value, "state_dict") and not isinstance(value, nn.Module):
+            yield from generators(value)
