@@ -1,19 +1,32 @@
-"""Measure pgrl against Stable-Baselines3, its contrib package (the `bench` extra), SBX and Tianshou, at equal work.
+"""Measure pgrl against Stable-Baselines3, its contrib package (the `bench` extra), SBX, Tianshou and TorchRL.
 
     python scripts/bench_peers.py                              every workload, 5 pairs each
     python scripts/bench_peers.py ppo-cartpole --pairs 10      one of them, 10 pairs
+    python scripts/bench_peers.py --python PATH                those whose peer this other interpreter has
     python scripts/bench_peers.py --report                     table and picture from results/peers.json
 
 Equal work: the same env, number of envs, rollout, epochs, minibatches, nets, optimiser, learning rate and
-clipping; no normalisation of observations or rewards, no learning-rate decay, no TensorBoard. Each side has
-the number of threads with which it is faster, one or all cores, as a measurement of each tells beforehand.
+clipping; no normalisation of observations or rewards, no learning-rate decay, no TensorBoard (the workloads
+of measure_tianshou.py and measure_torchrl.py are those libraries' own examples, with what these have on both
+sides). Each side has the number of threads with which it is faster, one or all cores, as a measurement of each
+tells beforehand.
 Every measurement is a fresh process. Both sides are stamped in the same place, at the return of each
 update, with wall and CPU time; the first two iterations are dropped. Env steps and gradient steps are
 counted on both sides and must be equal. The order is A B B A; the result is the median over pairs of the
 ratio of steps per second. Leave the machine alone while this runs. Where pgrl compiles its gradient steps,
-that happens in the dropped iterations; their seconds are in peers.json. Tianshou pins packages that pgrl's
-own tools need newer: install it in an environment of its own (pip install tianshou), beside pgrl. SBX is
-Stable-Baselines3 in JAX (pip install sbx-rl): its whole update is compiled, and so is pgrl's beside it.
+that happens in the dropped iterations; their seconds are in peers.json. SBX is Stable-Baselines3 in JAX (pip
+install sbx-rl): its whole update is compiled, and so is pgrl's beside it. Where the peer is `random`, the other
+side is pgrl's own envs, stepped with random actions and nothing else: the ratio is what training leaves of it.
+
+Tianshou and TorchRL need, or would change, packages of other versions than pgrl's tools: give each an environment of
+its own, in which pgrl need not be, with the same torch (pinned in constraints.txt), Gymnasium and MuJoCo.
+
+    python -m venv tianshou-env
+    tianshou-env/bin/pip install tianshou==2.0.1 torch==2.13.0 'gymnasium[mujoco]==1.4.0' mujoco==3.3.7
+    python scripts/bench_peers.py --python tianshou-env/bin/python
+    python -m venv torchrl-env
+    torchrl-env/bin/pip install torchrl==0.14.1 torch==2.13.0 'gymnasium[mujoco]==1.4.0' mujoco==3.3.7
+    python scripts/bench_peers.py --python torchrl-env/bin/python
 """
 
 import argparse
@@ -57,6 +70,12 @@ class Workload:
     counts: int = 1  # gradient steps for each that the peer counts itself, where optimisers is 0
     warm_up: int = 0  # env steps before the first update
     dropped: int = DROPPED  # iterations before the measurement starts
+    learns: bool = True  # the peer; else it takes no gradient steps to compare
+
+    @property
+    def library(self) -> str:
+        """The peer's package."""
+        return self.peer.partition(":")[0].partition(".")[0]
 
     @property
     def total_timesteps(self) -> int:
@@ -108,6 +127,19 @@ WORKLOADS = (
             ("ppo-halfcheetah-1-sbx", 1, "sbx:PPO", 0, 6.0),
             ("ppo-halfcheetah-8", 8, "stable_baselines3:PPO", 1, 5.0),
         )
+    ),
+    Workload(
+        "random-halfcheetah-8",
+        "HalfCheetah-v4",
+        num_envs=8,
+        num_steps=256,
+        iterations=22,
+        pgrl=f"""{PPO} algo.num_steps=256 algo.update_epochs=10 algo.num_minibatches=32 algo.learning_rate=3e-4
+        algo.ent_coef=0 compile=true""",
+        peer="pgrl:random",
+        settings={},
+        target=0.55,
+        learns=False,
     ),
     Workload(
         "ppo-cartpole",
@@ -201,6 +233,62 @@ WORKLOADS = (
         peer="tianshou.algorithm:Reinforce",
         settings=dict(learning_rate=1e-2),
         target=None,
+    ),
+    # The examples of two libraries, with their own settings: examples/mujoco/mujoco_ppo.py and mujoco_sac.py of
+    # Tianshou, sota-implementations/ppo and sac of TorchRL. Fewer random actions come first; they are dropped anyway.
+    Workload(
+        "ppo-halfcheetah-8-tianshou",
+        "HalfCheetah-v4",
+        num_envs=8,
+        num_steps=256,
+        iterations=22,
+        pgrl=f"""{PPO} algo.num_steps=256 algo.update_epochs=10 algo.num_minibatches=32 algo.learning_rate=3e-4
+        algo.ent_coef=0 algo.norm_obs=true algo.norm_reward=true algo.anneal_lr=true algo.recompute_advantages=true
+        algo.norm_adv=null algo.vf_coef=0.5 algo.policy.log_std_init=-0.5 algo.adam_eps=1e-8 compile=true""",
+        peer="tianshou.algorithm:PPO",
+        settings=dict(learning_rate=3e-4, n_epochs=10, batch_size=64),
+        target=None,
+    ),
+    Workload(
+        "sac-halfcheetah-tianshou",
+        "HalfCheetah-v4",
+        num_envs=1,
+        num_steps=1,
+        iterations=2000,
+        pgrl=f"""algo=sac {REPLAY} algo.actor_lr=1e-3 algo.critic_lr=1e-3 algo.alpha=0.2 compile=true""",
+        peer="tianshou.algorithm:SAC",
+        settings=dict(learning_rate=1e-3, batch_size=256, buffer_size=1_000_000, tau=0.005, alpha=0.2),
+        target=None,
+        optimisers=3,
+        warm_up=1000,
+        dropped=200,
+    ),
+    Workload(
+        "ppo-halfcheetah-1-torchrl",
+        "HalfCheetah-v4",
+        num_envs=1,
+        num_steps=2048,
+        iterations=22,
+        pgrl=f"""{PPO} algo.num_steps=2048 algo.update_epochs=10 algo.num_minibatches=32 algo.learning_rate=3e-4
+        algo.ent_coef=0 algo.norm_obs=true algo.anneal_lr=true algo.recompute_advantages=true algo.max_grad_norm=null
+        algo.vf_coef=0.5 algo.policy.distribution=squashed compile=true""",
+        peer="torchrl:PPO",
+        settings=dict(learning_rate=3e-4, n_epochs=10, batch_size=64),
+        target=None,
+        optimisers=2,
+    ),
+    Workload(
+        "sac-halfcheetah-torchrl",
+        "HalfCheetah-v4",
+        num_envs=1,
+        num_steps=1000,
+        iterations=4,
+        pgrl=f"{SAC.replace('algo.num_steps=1 ', 'algo.num_steps=1000 ')} compile=true",
+        peer="torchrl:SAC",
+        settings=dict(learning_rate=3e-4, batch_size=256, buffer_size=1_000_000, tau=0.005),
+        target=None,
+        warm_up=1000,
+        dropped=1,
     ),
 )
 
@@ -315,66 +403,36 @@ def measure_peer(workload: Workload, seed: int, threads: int, folder: Path) -> d
     return stamps.result(sum(returns) / max(len(returns), 1))
 
 
-def measure_tianshou(workload: Workload, seed: int, threads: int, folder: Path) -> dict[str, float]:
-    """Train with Tianshou's collector and update; networks as pgrl's, the rest as `settings` and its defaults say."""
-    import gymnasium
+def measure_random(workload: Workload, seed: int, threads: int, folder: Path) -> dict[str, float]:
+    """Step the envs of pgrl's side with random actions, a rollout of which is drawn at a time."""
     import torch
-    from tianshou.algorithm.algorithm_base import policy_within_training_step
-    from tianshou.algorithm.modelfree.reinforce import ProbabilisticActorPolicy
-    from tianshou.algorithm.optim import AdamOptimizerFactory
-    from tianshou.data import Collector, VectorReplayBuffer
-    from tianshou.env import DummyVectorEnv
-    from tianshou.utils.net.common import Net
-    from tianshou.utils.net.continuous import ContinuousActorProbabilistic, ContinuousCritic
-    from tianshou.utils.net.discrete import DiscreteActor
-    from torch.distributions import Categorical, Independent, Normal
-    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    from pgrl.config import compose
+    from pgrl.envs import make_vec
 
     del folder  # it writes nothing
     torch.set_num_threads(threads)
-    torch.manual_seed(seed)
-    gradient_steps = 0
-
-    def count(*_: object) -> None:
-        nonlocal gradient_steps
-        gradient_steps += 1
-
-    register_optimizer_step_post_hook(count)
-    env = DummyVectorEnv([lambda: gymnasium.make(workload.env) for _ in range(workload.num_envs)])
-    env.seed(seed)
-    space, actions = env.observation_space[0], env.action_space[0]
-
-    def net() -> Any:
-        return Net(state_shape=space.shape, hidden_sizes=[64, 64], activation=torch.nn.Tanh)
-
-    settings = dict(workload.settings)
-    settings["optim"] = AdamOptimizerFactory(lr=settings.pop("learning_rate"))
-    if isinstance(actions, gymnasium.spaces.Box):
-        actor = ContinuousActorProbabilistic(preprocess_net=net(), action_shape=actions.shape, unbounded=True)
-        policy = ProbabilisticActorPolicy(
-            actor=actor, dist_fn=lambda both: Independent(Normal(*both), 1), action_space=actions
-        )
-        settings["critic"] = ContinuousCritic(preprocess_net=net())
-    else:
-        actor = DiscreteActor(preprocess_net=net(), action_shape=actions.n, softmax_output=False)
-        policy = ProbabilisticActorPolicy(
-            actor=actor, dist_fn=lambda logits: Categorical(logits=logits), action_space=actions, action_scaling=False
-        )
-    module, _, name = workload.peer.partition(":")
-    algorithm = getattr(import_module(module), name)(policy=policy, **settings)
-    rollout = workload.num_envs * workload.num_steps
-    collector = Collector(algorithm, env, VectorReplayBuffer(rollout, workload.num_envs))
-    collector.reset()
-    stamps, env_steps, returns = Stamps(), 0, deque[float](maxlen=100)
+    env = make_vec(compose([f"env={workload.env}"]).env, workload.num_envs, seed)
+    low, high = (torch.from_numpy(bound) for bound in (env.action_space.low, env.action_space.high))  # type: ignore[attr-defined]
+    stamps, returns = Stamps(workload.dropped), deque[float](maxlen=100)
+    env.reset()
     for iteration in range(1, workload.iterations + 1):
-        with policy_within_training_step(policy):
-            collected = collector.collect(n_step=rollout)
-            algorithm.update(buffer=collector.buffer, batch_size=None, repeat=1)
-        collector.reset_buffer(keep_statistics=True)
-        env_steps += collected.n_collected_steps
-        returns.extend(map(float, collected.returns))
-        stamps.add(env_steps, gradient_steps + workload.policy_steps * iteration)
+        for action in low + (high - low) * torch.rand(workload.num_steps, workload.num_envs, *low.shape):
+            env.step(action)
+        returns.extend(episode.env_return for episode in env.episodes())
+        stamps.add(iteration * workload.num_envs * workload.num_steps, 0)
+    env.close()
     return stamps.result(sum(returns) / max(len(returns), 1))
+
+
+def measure_other(workload: Workload, seed: int, threads: int, folder: Path) -> dict[str, float]:
+    """Train with Tianshou or TorchRL, by a module of their own: their interpreter need not have what others import."""
+    del folder  # they write nothing
+    measured: dict[str, float] = import_module(f"measure_{workload.library}").measure(workload, seed, threads)
+    return measured
+
+
+MEASURES = {"pgrl": measure_random, "tianshou": measure_other, "torchrl": measure_other}  # by the peer's library
 
 
 def first_step(workload: Workload, started: float, folder: Path) -> None:
@@ -399,19 +457,23 @@ def first_step(workload: Workload, started: float, folder: Path) -> None:
 # ------------------------------------------------------------------------------------------------- the parent
 
 
-def child(side: str, workload: Workload, seed: int, threads: int) -> dict[str, float]:
-    """One measurement in a fresh process."""
+def child(side: str, workload: Workload, seed: int, threads: int, python: str = sys.executable) -> dict[str, float]:
+    """One measurement in a fresh process; `python` is the peer's interpreter."""
     with tempfile.TemporaryDirectory() as folder:
         options = (side, workload.name, workload.iterations, seed, threads, folder, time.time())
-        return fresh_process([__file__, "--child", *map(str, options)], threads)
+        interpreter = python if side == "peer" else sys.executable
+        return fresh_process([__file__, "--child", *map(str, options)], threads, python=interpreter)
 
 
 def fresh_process(
-    arguments: Sequence[str], threads: int, variables: Mapping[str, str] | None = None
+    arguments: Sequence[str],
+    threads: int,
+    variables: Mapping[str, str] | None = None,
+    python: str = sys.executable,
 ) -> dict[str, float]:
     """What another Python with so many threads prints last, a line of JSON. RuntimeError if it fails."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)} | (variables or {})
-    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+    done = subprocess.run([python, *arguments], env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(arguments)}: exit code {done.returncode}\n{done.stderr[-2000:]}")
     result: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
@@ -427,8 +489,7 @@ def child_main(side: str, name: str, iterations: str, seed: str, threads: str, f
         return
     if hasattr(os, "sched_setaffinity"):  # the only way to tell JAX, and the same for all
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-int(threads) :])
-    peer = measure_tianshou if workload.peer.startswith("tianshou") else measure_peer
-    measure = measure_pgrl if side == "pgrl" else peer
+    measure = measure_pgrl if side == "pgrl" else MEASURES.get(workload.library, measure_peer)
     print(json.dumps(measure(workload, int(seed), int(threads), Path(folder))))
 
 
@@ -437,19 +498,21 @@ def order(pairs: int) -> list[tuple[str, str]]:
     return [SIDES if pair % 2 == 0 else (SIDES[1], SIDES[0]) for pair in range(pairs)]
 
 
-def better_threads(workload: Workload, side: str) -> int:
+def better_threads(workload: Workload, side: str, python: str = sys.executable) -> int:
     """One thread or all cores, whichever this side is faster with."""
     from pgrl.processor import cores
 
-    return max({1, cores()}, key=lambda threads: child(side, workload, 0, threads)["sps"])
+    return max({1, cores()}, key=lambda threads: child(side, workload, 0, threads, python)["sps"])
 
 
-def compare(workload: Workload, pairs: int, threads: Mapping[str, int]) -> list[dict[str, dict[str, float]]]:
+def compare(
+    workload: Workload, pairs: int, threads: Mapping[str, int], python: str = sys.executable
+) -> list[dict[str, dict[str, float]]]:
     """Measure the pairs, each side with its number of threads, and refuse a comparison of unequal work."""
     results = []
     for seed, sides in enumerate(order(pairs), start=1):
-        pair = {side: child(side, workload, seed, threads[side]) for side in sides}
-        for count in ("iterations", "env_steps", "gradient_steps"):
+        pair = {side: child(side, workload, seed, threads[side], python) for side in sides}
+        for count in ("iterations", "env_steps", *(["gradient_steps"] if workload.learns else [])):
             one, other = pair["pgrl"][count], pair["peer"][count]
             if one != other:
                 raise RuntimeError(f"{workload.name}: unequal work, {count}: {one} and {other}")
@@ -515,35 +578,44 @@ def table(results: Mapping[str, Any]) -> str:
 
 
 def plot(results: Mapping[str, Any], path: Path) -> None:
-    """Write the bars: steps per second of both sides, and the ratio beside them."""
+    """Write the ratios: a dot with its interval for each workload, a dot for each pair, and a stroke at the aim."""
     from matplotlib.figure import Figure
 
-    from plot_curves import BLUE, GREY, save
+    from plot_curves import BLUE, GREY, ORANGE, save
 
     measured = [workload for workload in WORKLOADS if workload.name in results["workloads"]]
-    figure = Figure(figsize=(7, 0.8 + 0.8 * len(measured)), layout="constrained")
+    figure = Figure(figsize=(7.5, 0.9 + 0.42 * len(measured)), layout="constrained")
     axes = figure.subplots()
+    axes.axvline(1.0, color=GREY, linewidth=0.8)
     for place, workload in enumerate(measured):
-        one = summary(results["workloads"][workload.name]["pairs"])
-        for offset, side, colour in ((-0.18, "pgrl", BLUE), (0.18, "peer", "#b5b5b5")):
-            sps = one[side]["sps"]
-            label = (
-                {"pgrl": "pgrl", "peer": "Stable-Baselines3, its contrib package, SBX, Tianshou"}[side]
-                if place == 0
-                else None
-            )
-            axes.barh(place + offset, sps, 0.34, color=colour, label=label)
-            note = f" {sps:,.0f}" + (f"   {one['ratio']:.1f} ×" if side == "pgrl" else "")
-            axes.text(sps, place + offset, note, va="center", fontsize=9, color="#222222")
-    axes.set_yticks(range(len(measured)), [f"{workload.name}\n{workload.env}" for workload in measured], fontsize=9)
+        pairs = results["workloads"][workload.name]["pairs"]
+        one = summary(pairs)
+        ratio, (low, high) = one["ratio"], one["interval"]
+        once = place == 0
+        axes.plot([low, high], [place] * 2, color=BLUE, linewidth=2.5, solid_capstyle="butt", alpha=0.45)
+        each = [pair["pgrl"]["sps"] / pair["peer"]["sps"] for pair in pairs]
+        axes.plot(each, [place] * len(each), "o", color=BLUE, markersize=2.5, label="a pair" if once else None)
+        axes.plot(ratio, place, "D", color=BLUE, markersize=6, label="median, 95 % interval" if once else None)
+        if workload.target is not None:
+            label = None if any(w.target is not None for w in measured[:place]) else "aim"
+            axes.plot(workload.target, place, "|", color=ORANGE, markersize=15, markeredgewidth=2, label=label)
+        right = max(*each, ratio, workload.target or 0)
+        axes.annotate(f"{ratio:.2f} ×", (right, place), (7, 0), textcoords="offset points", va="center", fontsize=8)
+    names = [f"{workload.name}  ({workload.peer.replace(':', '.')})" for workload in measured]
+    axes.set_yticks(range(len(measured)), names, fontsize=8)
     axes.invert_yaxis()
-    axes.margins(x=0.18)
+    axes.set_xscale("log")
+    ticks = [0.5, 1, 2, 3, 5, 10, 20]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.margins(x=0.14)
     axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.grid(axis="x", color="#e3e3e3", linewidth=0.6)
+    axes.set_axisbelow(True)
     axes.tick_params(axis="y", length=0)
     axes.tick_params(axis="x", labelsize=8, colors=GREY)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.set_xlabel("env steps per second, training", fontsize=9)
-    figure.legend(loc="outside upper right", ncols=2, fontsize=9, frameon=False)
+    axes.set_xlabel("training, env steps per second: pgrl's over the peer's", fontsize=9)
+    figure.legend(loc="outside upper right", ncols=3, fontsize=8, frameon=False)
     save(figure, path)
 
 
@@ -566,17 +638,39 @@ def known(package: str) -> bool:
     return True
 
 
-def machine() -> dict[str, str]:
-    """The machine and versions that the figures hold for."""
+PACKAGES = ("torch", "gymnasium", "mujoco", "stable-baselines3", "sb3-contrib", "sbx-rl", "tianshou", "torchrl")
+
+
+def versions(python: str = sys.executable) -> dict[str, str]:
+    """Of the packages that the figures depend on, where an interpreter has them."""
+    if python != sys.executable:
+        found: dict[str, str] = json.loads(subprocess.check_output([python, __file__, "--versions"], text=True))
+        return found
+    return {package: version(package) for package in PACKAGES if known(package)}
+
+
+def machine(python: str = sys.executable) -> dict[str, str]:
+    """The machine and versions that the figures hold for; `pgrl's / peer's` where an interpreter has another one."""
     from pgrl import __version__
 
-    packages = ("torch", "gymnasium", "mujoco", "stable-baselines3", "sb3-contrib", "sbx-rl", "tianshou")
-    versions = {package: version(package) for package in packages if known(package)}
-    return {"cpu": processor(), "python": platform.python_version(), "pgrl": __version__, **versions}
+    ours, theirs = versions(), versions(python)
+    both = {
+        package: ours[package]
+        if theirs.get(package, ours[package]) == ours[package]
+        else f"{ours[package]} / {theirs[package]}"
+        for package in ours
+    }
+    return {"cpu": processor(), "python": platform.python_version(), "pgrl": __version__, **theirs, **both}
 
 
-def installed(workload: Workload) -> bool:
-    return find_spec(workload.peer.partition(":")[0].partition(".")[0]) is not None
+def installed(workload: Workload, python: str = sys.executable) -> bool:
+    """Whether the peer's interpreter has the peer."""
+    if workload.library == "pgrl":
+        return True
+    if python == sys.executable:
+        return find_spec(workload.library) is not None
+    distribution = {"stable_baselines3": "stable-baselines3", "sb3_contrib": "sb3-contrib", "sbx": "sbx-rl"}
+    return distribution.get(workload.library, workload.library) in versions(python)
 
 
 def find(name: str) -> Workload:
@@ -597,10 +691,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--report", action="store_true", help="only make the table and the picture")
     parser.add_argument("--results", type=Path, default=ROOT / "results", help="where peers.json goes")
     parser.add_argument("--pictures", type=Path, default=ROOT / "docs/pictures", help="where peers.png goes")
+    parser.add_argument(
+        "--python",
+        default=sys.executable,
+        help="the interpreter of the other side, for a peer with an environment of its own",
+    )
     parser.add_argument("--child", nargs=7, help=argparse.SUPPRESS)
+    parser.add_argument("--versions", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.child:
         child_main(*options.child)
+        return 0
+    if options.versions:
+        print(json.dumps(versions()))
         return 0
     path: Path = options.results / "peers.json"
     results: dict[str, Any] = {"workloads": {}, "starts": []}
@@ -608,18 +711,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results |= json.loads(path.read_text())
     if not options.report:
         options.results.mkdir(parents=True, exist_ok=True)
-        workloads = [find(name) for name in options.workloads] or [w for w in WORKLOADS if installed(w)]
+        python = options.python
+        own = python == sys.executable
+        workloads = [find(name) for name in options.workloads]
+        workloads = workloads or [w for w in WORKLOADS if installed(w, python) and (own or w.library != "pgrl")]
         for workload in workloads:
-            if not installed(workload):
-                package = {"sbx": "sbx-rl"}.get(name := workload.peer.partition(":")[0].partition(".")[0], name)
-                raise SystemExit(f"{workload.name} needs {workload.peer}: pip install {package}")
+            if not installed(workload, python):
+                package = {"sbx": "sbx-rl"}.get(workload.library, workload.library)
+                raise SystemExit(
+                    f"{workload.name} needs {workload.peer}, which {python} has not: pip install {package}, if need be "
+                    "in an environment of its own, and --python with its path; --help has the commands"
+                )
         results["starts"] = [child("start", WORKLOADS[0], 0, 1)["seconds"] for _ in range(options.starts)]
         print("seconds to the first env step:", *(f"{start:.1f}" for start in results["starts"]), flush=True)
         for workload in workloads:
             sized = replace(workload, iterations=options.iterations or workload.iterations)
-            threads = {side: options.threads or better_threads(sized, side) for side in SIDES}
-            pairs = compare(sized, options.pairs, threads)
-            results["workloads"][workload.name] = {"pairs": pairs, "threads": threads, "machine": machine()}
+            interpreter = sys.executable if workload.library == "pgrl" else python
+            threads = {side: options.threads or better_threads(sized, side, interpreter) for side in SIDES}
+            pairs = compare(sized, options.pairs, threads, interpreter)
+            results["workloads"][workload.name] = {"pairs": pairs, "threads": threads, "machine": machine(interpreter)}
             path.write_text(json.dumps(results, indent=1) + "\n")
     text = table(results)
     (options.results / "peers.md").write_text(text)

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -29,6 +31,7 @@ bench_compile: Any = importlib.import_module("bench_compile")
 bench_fisher: Any = importlib.import_module("bench_fisher")
 bench_gpu: Any = importlib.import_module("bench_gpu")
 bench_growth: Any = importlib.import_module("bench_growth")
+bench_score: Any = importlib.import_module("bench_score")
 bench_updates: Any = importlib.import_module("bench_updates")
 reinforce_baselines: Any = importlib.import_module("reinforce_baselines")
 plot_curves: Any = importlib.import_module("plot_curves")
@@ -301,9 +304,9 @@ def test_pairs_alternate_and_unequal_work_is_refused(monkeypatch: pytest.MonkeyP
     assert ["".join(side[1] for side in pair) for pair in bench_peers.order(4)] == ["ge", "eg", "ge", "eg"]
     seen: list[str] = []
 
-    def child(side: str, workload: Any, seed: int, threads: int) -> dict[str, float]:
+    def child(side: str, workload: Any, seed: int, threads: int, python: str) -> dict[str, float]:
         seen.append(side)
-        assert threads == {"pgrl": 2, "peer": 1}[side]
+        assert threads == {"pgrl": 2, "peer": 1}[side] and python == sys.executable
         return measurement(300 if side == "pgrl" else 100)
 
     monkeypatch.setattr(bench_peers, "child", child)
@@ -314,12 +317,55 @@ def test_pairs_alternate_and_unequal_work_is_refused(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(bench_peers, "child", lambda side, *_: measurement(1, 8 if side == "pgrl" else 9))
     with pytest.raises(RuntimeError, match="gradient_steps"):
         bench_peers.compare(bench_peers.WORKLOADS[0], 1, threads)
+    assert bench_peers.compare(bench_peers.find("random-halfcheetah-8"), 1, threads)  # one side takes none
+
+
+def test_only_the_peer_runs_in_the_other_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def ran(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        asked.append(command)
+        return subprocess.CompletedProcess(command, 0, json.dumps(measurement(1)), "")
+
+    monkeypatch.setattr(subprocess, "run", ran)
+    threads = {"pgrl": 1, "peer": 1}
+    bench_peers.compare(bench_peers.find("ppo-halfcheetah-8-tianshou"), 2, threads, "elsewhere/bin/python")
+    by_side = [(command[3], command[0]) for command in asked]
+    assert by_side == [
+        ("pgrl", sys.executable),
+        ("peer", "elsewhere/bin/python"),
+        ("peer", "elsewhere/bin/python"),
+        ("pgrl", sys.executable),
+    ]
+
+
+def test_versions_of_another_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = tmp_path / "python"
+    other.write_text('#!/bin/sh\necho \'{"torch": "0.1", "tianshou": "2.0.1"}\'\n')
+    other.chmod(0o755)
+    machine = bench_peers.machine(str(other))
+    assert machine["torch"].endswith(" / 0.1") and machine["tianshou"] == "2.0.1"
+    assert machine["gymnasium"] == bench_peers.versions()["gymnasium"]
+    names = {w.name for w in bench_peers.WORKLOADS if bench_peers.installed(w, str(other))}
+    assert names == {w.name for w in bench_peers.WORKLOADS if w.library in ("pgrl", "tianshou")}
+    monkeypatch.setattr(bench_peers, "child", lambda *_: measurement(1))
+    results = ["--results", str(tmp_path), "--starts", "0"]
+    with pytest.raises(SystemExit, match="pip install torchrl"):
+        bench_peers.main(["sac-halfcheetah-torchrl", "--python", str(other), *results])
+
+
+def test_random_actions_take_the_steps_of_the_training() -> None:
+    pytest.importorskip("mujoco")
+    workload = bench_peers.replace(bench_peers.find("random-halfcheetah-8"), iterations=4)
+    measured = bench_peers.child("peer", workload, 1, 1)
+    assert measured["env_steps"] == workload.total_timesteps == 4 * 2048 and measured["gradient_steps"] == 0
+    assert measured["sps"] > 500 and -800 < measured["return"] < 0  # of whole episodes of 1,000 steps
 
 
 def test_each_side_has_the_threads_that_it_is_faster_with(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pgrl.processor.cores", lambda: 4)
     speeds = {("pgrl", 1): 100, ("pgrl", 4): 300, ("peer", 1): 100, ("peer", 4): 50}
-    monkeypatch.setattr(bench_peers, "child", lambda side, _, __, threads: measurement(speeds[side, threads]))
+    monkeypatch.setattr(bench_peers, "child", lambda side, _, __, threads, ___: measurement(speeds[side, threads]))
     assert [bench_peers.better_threads(bench_peers.WORKLOADS[0], side) for side in ("pgrl", "peer")] == [4, 1]
 
 
@@ -347,8 +393,11 @@ def test_an_agents_update_is_stamped_with_the_steps_of_its_rollout() -> None:
 @pytest.mark.peers
 @pytest.mark.parametrize("workload", bench_peers.WORKLOADS, ids=lambda workload: workload.name)
 def test_both_sides_of_every_workload_do_equal_work(workload: Any) -> None:
-    small = bench_peers.replace(workload, iterations=4)
-    [pair] = bench_peers.compare(small, 1, {"pgrl": 1, "peer": 1})
+    python = os.environ.get("PEER_PYTHON", sys.executable)  # of an environment with Tianshou or TorchRL
+    if not bench_peers.installed(workload, python):
+        pytest.skip(f"{workload.library} is not installed")
+    small = bench_peers.replace(workload, iterations=min(4, 4000 // workload.num_steps))
+    [pair] = bench_peers.compare(small, 1, {"pgrl": 1, "peer": 1}, python)
     assert pair["pgrl"]["env_steps"] == small.total_timesteps
     limit = 700 if "buffer_size" in workload.pgrl and "compile=true" in workload.pgrl else 500  # replay and compiler
     assert pair["pgrl"]["sps"] > 0 and pair["pgrl"]["memory_mb"] < limit
@@ -375,6 +424,145 @@ def test_tables_and_pictures_of_what_was_measured(tmp_path: Path) -> None:
     curves = plot_curves.Curves("PPO", steps, returns, np.array([5.0, 9.0]), 8.0)
     plot_curves.plot_grid([curves, curves], tmp_path / "grid.png", columns=1)
     assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in ("peers", "grid"))
+
+
+# ----------------------------------------------------------------------------------------------- time to score
+
+
+class Counting:
+    """An env whose episodes last `length` steps of reward `worth`, and which notes its seeds and actions."""
+
+    def __init__(self, length: int, worth: float) -> None:
+        self.length, self.worth = length, worth
+        self.seeds: list[int] = []
+        self.actions: list[float] = []
+        self.action_space = gymnasium.spaces.Box(-1, 1, (1,))
+
+    def reset(self, seed: int) -> tuple[Any, dict[str, Any]]:
+        self.seeds.append(seed)
+        self.left = self.length
+        return np.zeros(3, np.float64), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.actions.append(float(action[0]))
+        self.left -= 1
+        assert self.left >= 0  # what has ended is left alone
+        return np.ones(3, np.float64), self.worth, self.left == 0 and self.worth > 0, self.left == 0, {}
+
+
+def test_a_check_plays_the_same_whole_episodes_each_time() -> None:
+    envs = [Counting(length, worth) for length, worth in ((2, 1.0), (5, -2.0), (3, 4.0))]
+    shapes = set()
+
+    def act(obs: Any) -> Any:
+        shapes.add((obs.shape, obs.dtype))
+        return np.full((len(obs), 1), 7.0)
+
+    assert [bench_score.play(envs, act) for _ in range(2)] == [pytest.approx((2 - 10 + 12) / 3)] * 2
+    assert shapes == {((3, 3), np.dtype(np.float32))} and envs[0].seeds == [bench_score.FIRST_EPISODE] * 2
+    assert envs[2].seeds[0] == bench_score.FIRST_EPISODE + 2 and set(envs[1].actions) == {1.0}  # within bounds
+
+
+def test_checks_come_at_the_same_steps_and_end_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = iter([1.0, 2.0, 10.0])
+    monkeypatch.setattr(bench_score, "play", lambda *_: next(scores))
+    task = bench_score.replace(bench_score.find("cartpole"), score=9, every=100, steps=1000)
+    check = bench_score.Checks(task, time.monotonic() - 3)
+    for step in (64, 128, 192, 256):
+        check(step, None)
+    with pytest.raises(bench_score.Over):
+        check(320, None)
+    result = check.result()
+    assert [row[0] for row in result["checks"]] == [128, 256, 320] and result["reached"]
+    assert result["steps"] == 320 and 3 < result["seconds"] < 20 and result["score"] == 10
+
+    monkeypatch.setattr(bench_score, "play", lambda *_: 1.0)
+    late = bench_score.Checks(task, time.monotonic() - 2 * task.seconds)
+    with pytest.raises(bench_score.Over):
+        late(100, None)
+    assert late.result()["seconds"] == task.seconds and not late.result()["reached"]
+    stopped = bench_score.Checks(task, time.monotonic())
+    stopped(999, None)
+    with pytest.raises(bench_score.Over):
+        stopped(1000, None)
+    monkeypatch.setattr(bench_score, "play", lambda *_: 10.0)
+    too_late = bench_score.Checks(task, time.monotonic() - 2 * task.seconds)
+    with pytest.raises(bench_score.Over):
+        too_late(100, None)
+    assert not too_late.result()["reached"]  # it holds the score, after the limit
+    assert bench_score.Checks(task, 0.0).result()["seconds"] == task.seconds  # it was never checked
+
+
+class Scores:
+    """The script of times to a score with a fake measurement, whose seconds are ten times the seed."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder = folder
+        self.asked: list[str] = []
+        monkeypatch.setattr(bench_score, "measure", self.measure)
+
+    def measure(self, task: Any, side: str, seed: int) -> dict[str, Any]:
+        self.asked.append(f"{task.name} {side} {seed} {task.threads_of(side)}")
+        reached = side == "pgrl" or seed > 1
+        seconds = 10.0 * seed * (1 if side == "pgrl" else 3) if reached else task.seconds
+        return {"reached": reached, "seconds": seconds, "steps": 4096, "score": task.score, "checks": []}
+
+    def __call__(self, *arguments: str) -> list[str]:
+        """What was asked for by a call of the script."""
+        self.asked.clear()
+        folders = ["--results", str(self.folder), "--pictures", str(self.folder)]
+        assert bench_score.main([*arguments, *folders]) == 0
+        return list(self.asked)
+
+
+def test_times_to_a_score_are_measured_in_turns_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    scores = Scores(tmp_path, monkeypatch)
+    once = ["cartpole pgrl 1 1", "cartpole peer 1 1", "cartpole peer 2 1", "cartpole pgrl 2 1"]
+    assert scores("--only", "cartpole", "--seeds", "2") == once
+    path = tmp_path / "scores.jsonl"
+    text = path.read_text()
+    path.write_text(text[: text.rstrip().rindex("\n") + 20])  # its writer died within the last line
+    assert scores("--only", "cartpole", "--seeds", "2") == once[-1:]
+    assert scores("--only", "cartpole", "--seeds", "3") == ["cartpole pgrl 3 1", "cartpole peer 3 1"]
+    assert scores("--only", "cartpole", "--seeds", "3") == [] == scores("--report")
+    assert scores("--only", "cartpole", "--seeds", "1", "--threads", "2") == ["cartpole pgrl 1 2", "cartpole peer 1 2"]
+    assert scores("--only", "cartpole", "--seeds", "1", "--ours", "algo=a2c") == ["cartpole pgrl 1 1"]
+
+    assert scores("--report", "--seeds", "3") == []
+    table = (tmp_path / "scores.md").read_text()
+    assert "| 20.0 [10.0, 30.0] | 90.0 [60.0, 120.0] | **4.50** | 4,096 / 4,096 | 3 of 3 / 2 of 3 | 1 / 1 |" in table
+    assert table.count("| CartPole-v1 |") == 1 and "Pendulum" not in table and table.count("cpu ") == 1
+    assert (tmp_path / "score.png").stat().st_size > 5000
+
+
+def test_a_median_of_runs_that_failed_is_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    scores = Scores(tmp_path, monkeypatch)
+    scores("--only", "pendulum", "--seeds", "1")
+    table = (tmp_path / "scores.md").read_text()
+    assert "| 10.0 [10.0, 10.0] | > 300.0 [300.0, 300.0] | – |" in table and "| 1 of 1 / 0 of 1 |" in table
+
+
+def tiny(name: str) -> Any:
+    """A task that any policy has done at its second check."""
+    task = bench_score.find(name)
+    easy = {"cartpole": 1.0, "pendulum": -3000.0, "halfcheetah": -5000.0}[name]
+    return bench_score.replace(task, score=easy, every=1024, steps=50_000, seconds=100)
+
+
+def test_pgrl_trains_to_a_score_in_a_fresh_process() -> None:
+    result = bench_score.measure(tiny("cartpole"), "pgrl", 1)
+    assert result["reached"] and result["steps"] == 1024 and len(result["checks"]) == 1
+    assert 0.5 < result["seconds"] < 100 and 1 <= result["score"] <= 500
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("side", bench_score.SIDES)
+@pytest.mark.parametrize("name", [task.name for task in bench_score.TASKS])
+def test_both_sides_train_to_a_score(name: str, side: str) -> None:
+    result = bench_score.measure(tiny(name), side, 1)
+    assert result["reached"] and result["seconds"] < 100 and -5000 < result["score"] <= 500
 
 
 # ------------------------------------------------------------------------------------------- Fisher, baselines
