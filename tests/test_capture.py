@@ -510,7 +510,7 @@ def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
             return units(*rest, **named)
 
     def fused_adam(*lists: list[Tensor], lr: Tensor, grad_scale: Tensor, **_: Any) -> None:
-        assert {x.device for x in (*tensors(lists), lr, grad_scale)} == {META}
+        assert {x.device for x in (*tensors(lists), lr, *([] if grad_scale is None else [grad_scale]))} == {META}
 
     monkeypatch.setattr(torch, "Generator", HostGenerator)
     monkeypatch.setattr(ActorCritic, "__init__", begin_there)
@@ -521,7 +521,7 @@ def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
 def a_rollout(agent: Agent, world: str) -> Transition:
     spec = WORLDS[world]
     rollout = Rollout(agent.num_steps, 2, spec.obs, spec.action, META)
-    return rollout.transition()
+    return rollout.transition
 
 
 CASES = [
