@@ -219,11 +219,13 @@ def compile_step(step: Callable[..., T]) -> Callable[..., T]:
     return call
 
 
-def signature(x: Any) -> Any:
-    """What a graph of these arguments, tuples of tensors and of plain values, is good for: shapes, and the values."""
-    if isinstance(x, Tensor):
-        return x.shape
-    return tuple(map(signature, x)) if isinstance(x, tuple) else x
+def signature(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a graph of these arguments is good for: the shapes of tensors, and plain values.
+
+    Of a tuple the first tensor's shape is enough: those of the others follow from it.
+    """
+    firsts = (x[0] if isinstance(x, tuple) and x else x for x in arguments)
+    return tuple([x.shape if isinstance(x, Tensor) else x for x in firsts])
 
 
 def keep_graphs() -> None:
