@@ -472,7 +472,9 @@ def fresh_process(
     python: str = sys.executable,
 ) -> dict[str, float]:
     """What another Python with so many threads prints last, a line of JSON. RuntimeError if it fails."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)} | (variables or {})
+    # numpy's BLAS has one thread, as `import pgrl` asks for where it comes first
+    own = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": "1"}
+    environment = os.environ | own | (variables or {})
     done = subprocess.run([python, *arguments], env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(arguments)}: exit code {done.returncode}\n{done.stderr[-2000:]}")
