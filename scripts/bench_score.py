@@ -352,9 +352,11 @@ def table(tasks: Sequence[Task], rows: Sequence[Row]) -> str:
 def plot(tasks: Sequence[Task], rows: Sequence[Row], path: Path) -> None:
     """A dot for each seed, hollow where the score was not reached, and a stroke at the median."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
 
     from plot_curves import BLUE, GREY, ORANGE, save
 
+    tasks = [task for task in tasks if any(of(task, side, rows) for side in SIDES)]
     figure = Figure(figsize=(7, 0.9 + 0.9 * len(tasks)), layout="constrained")
     axes = figure.subplots()
     for place, task in enumerate(tasks):
@@ -376,7 +378,9 @@ def plot(tasks: Sequence[Task], rows: Sequence[Row], path: Path) -> None:
     axes.set_yticks(range(len(tasks)), [f"{task.env}\n{task.score:g}" for task in tasks], fontsize=9)
     axes.invert_yaxis()
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.margins(x=0.12)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.grid(axis="x", color="#e3e3e3", linewidth=0.6)
