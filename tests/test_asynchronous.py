@@ -23,6 +23,7 @@ from pgrl.agents import A2CConfig, A3CConfig
 from pgrl.asynchronous import WorkerError, worker_seed
 from pgrl.evaluate import main as evaluate_main
 from pgrl.logger import read_rows
+from pgrl.upkeep import SNAPSHOT_SECONDS
 
 QUICK = ["algo=a3c", "env=CartPole-v1", "algo.num_workers=2", "tensorboard=false", "threads=1"]
 LONG = [*QUICK, "algo.num_steps=20", "total_timesteps=10_000_000", "save_every=null", "log_every=100"]
@@ -200,7 +201,7 @@ def running(tmp_path: Path) -> tuple[subprocess.Popen[bytes], Path, list[int]]:
     process = start(*LONG, f"run_dir={run_dir}")
     wait_for_start(run_dir, process)
     wait_until(lambda: (run_dir / "metrics.jsonl").exists() and len(read_rows(run_dir)) > 3)
-    time.sleep(0.6)  # a snapshot is taken every half second
+    time.sleep(SNAPSHOT_SECONDS + 0.1)  # so that there is a snapshot of what was learnt
     workers = workers_of(process.pid)
     assert len(workers) == 2
     return process, run_dir, [*children(process.pid), *workers]
