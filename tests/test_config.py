@@ -137,17 +137,22 @@ ALL = "env=CartPole-v1 env.backend=torch"
         ("algo=npg env=CartPole-v1", False, "^nothing is .* env.backend=gymnasium .*, and algo=npg decides"),
         ("algo=sac env=Pendulum-v1 env.backend=torch", False, "algo=sac decides on the CPU how it acts, and algo=sac"),
         (f"algo=ppo {ALL} profile=true", False, "profile=true"),
-        (f"algo=ppo {ALL} capture=false", False, ""),
     ],
 )
 def test_capture_auto_takes_what_can_be_captured(words: str, captured: bool | str, why: str) -> None:
-    found = config.compose(words.split())
+    found = config.compose(["capture=auto", *words.split()])
     assert config.decide_capture(found) == (False, "")  # a CPU has no graphs, and leaves nothing to decide
     found.device = "cuda"  # composing asks for a GPU
     decided, said = config.decide_capture(found)
     assert decided == captured and re.search(why, said) and bool(said) == bool(why)
     found.capture = decided
     assert config.decide_capture(found) == (decided, "") and not list(checks.wrong_capture(found))
+
+
+def test_nothing_is_captured_unasked() -> None:
+    found = config.compose(ALL.split())
+    found.device = "cuda"
+    assert config.decide_capture(found) == (False, "")
 
 
 @pytest.mark.parametrize(

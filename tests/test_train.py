@@ -65,7 +65,7 @@ def test_a_run_says_what_is_captured(
     run_dir = run(tmp_path, "plain", *A2C, "total_timesteps=40")
     assert "captured" not in capsys.readouterr().out and load_run(run_dir).capture is False
     monkeypatch.setattr("pgrl.config.decide_capture", lambda _: ("update", "updates are captured"))
-    run_dir = run(tmp_path, "run", *A2C, "total_timesteps=40")
+    run_dir = run(tmp_path, "run", *A2C, "total_timesteps=40", "capture=auto")
     said = capsys.readouterr().out
     assert "1 thread, updates captured | seed 3" in said and "\ncapture=auto: updates are captured\n" in said
     assert load_run(run_dir).capture == "update"

@@ -194,16 +194,15 @@ def compile_step(step: Callable[..., T]) -> Callable[..., T]:
     """`step`, a method, as one graph for each shape of its arguments, differentiated and fused by inductor.
 
     Graphs are called without torch's guards, which would ask at every call whether what `step` reads of its object is
-    still what was compiled: for small networks a seventh of its time. So it must read there nothing that changes but
-    tensors that keep their shapes, and none without dimensions of int64 or float64, which dynamo may make constants. Of
-    the arguments it is asked here, by `signature`.
+    still what was compiled. So it must read there nothing that changes but tensors that keep their shapes. Of the
+    arguments it is asked here, by `signature`. TypeError where it reads a tensor whose value would become a constant.
     """
     import torch._dynamo.config as dynamo
 
     keep_graphs()
     dynamo.trace_autograd_ops = True  # without it torch.autograd.grad breaks the graph
     owner = step.__self__  # type: ignore[attr-defined]
-    options: Any = {"cpp_wrapper": True, "guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+    options: Any = {"cpp_wrapper": True, "guard_filter_fn": without_guards}
     compiled: Any = torch.compile(step, fullgraph=True, dynamic=False, options=options)
     graphs: dict[Any, Callable[..., T]] = {}
 
@@ -217,6 +216,19 @@ def compile_step(step: Callable[..., T]) -> Callable[..., T]:
         return graph(owner, *arguments)
 
     return call
+
+
+def without_guards(guards: Sequence[Any]) -> list[bool]:
+    """For `guard_filter_fn`: keep none of them, and refuse what only guards make right.
+
+    Dynamo may take the present value of a whole number, or one in double precision, that is a tensor without dimensions
+    in main memory, for a constant, and guard it.
+    """
+    for guard in guards:
+        x = guard.value
+        if isinstance(x, Tensor) and x.dim() == 0 and x.is_cpu and x.dtype not in (torch.float32, torch.bool):
+            raise TypeError(f"a compiled step reads {guard.name}, {x.dtype}, whose value would become a constant")
+    return [False] * len(guards)
 
 
 def signature(arguments: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -73,7 +73,7 @@ HELP = f"""\
   eval_every=       steps between evaluations           save_every=   steps between checkpoints
   eval_episodes=    episodes of each                    log_every=    steps between rows of metrics
   threads=          of torch; null chooses              compile=      auto, true, false
-  capture=          on a GPU, rollouts and updates as CUDA graphs: auto, true, false, rollout, update
+  capture=          on a GPU, rollouts and updates as CUDA graphs: false, auto, true, rollout, update
   checkpoint.replay=  false: checkpoints without the replay buffer, after which resume= is not exact
   profile=true      where the time goes: a table at the end, profile.json and profile.png
   algo.KEY= env.KEY=                                    --cfg job prints every key and its value

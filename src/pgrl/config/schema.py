@@ -70,7 +70,7 @@ class RunConfig:
     device: str = "cpu"  # cpu, cuda, cuda:<number>
     threads: int | None = None  # torch's; null: 1 for small networks, all cores for large ones
     compile: bool | str = "auto"  # the gradient step (of SAC and DDPG, all of an update) as one graph; auto: if it pays
-    capture: bool | str = "auto"  # on CUDA, all of a rollout and of an update as one graph each; auto: what can be
+    capture: bool | str = False  # on CUDA, all of a rollout and of an update as one graph each; auto: what can be
     run_dir: str | None = None  # null: runs/<algo>/<env>/<unique name>
     resume: str | None = None  # the folder of a stopped run
     eval_every: int | None = None  # evaluate without exploring, and keep the best checkpoint

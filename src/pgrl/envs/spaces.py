@@ -50,7 +50,7 @@ def to_row(space: spaces.Space[Any]) -> Callable[[Any], Any] | None:
 
 
 class Choice(spaces.Discrete):
-    """Discrete that tells quickly whether it has an int: envs that ask at every step spend a third of it on that."""
+    """Discrete that tells quickly whether it has an int: envs that ask at every step spend a quarter of it on that."""
 
     def contains(self, x: Any) -> bool:
         return bool(self.start <= x < self.start + self.n) if type(x) is int else super().contains(x)
