@@ -30,6 +30,7 @@ LAYERS = (
     ("replay_layout",),
     ("networks", "normalisers", "data", "optim"),
     (
+        "compiling",
         "flat",
         "functional",
         "trust_region",
@@ -51,7 +52,7 @@ ALL_OF_PGRL = {  # for those that import still less of pgrl than their row allow
     **dict.fromkeys(
         (*PURE, "data", "flat", "signals", "env_ids", "errors", "memory", "processor", "rows", "sum_tree"), set[str]()
     ),
-    "optim": {"flat"},
+    "optim": {"flat", "compiling"},
     "checkpoint": {"errors", "files", "rows", "state_tree"},
     "files": {"errors"},
     "state_tree": {"rows"},

@@ -2,27 +2,15 @@
 
 import copy
 import math
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Generator, Tensor, nn
 
-from pgrl.optim import (
-    Adam,
-    GradientStep,
-    RMSProp,
-    compile_step,
-    flatten,
-    keep_graphs,
-    signature,
-    without_guards,
-)
+from pgrl.optim import Adam, GradientStep, RMSProp, flatten
 
 
 class Batch(NamedTuple):
@@ -216,60 +204,3 @@ def test_parameters_that_were_parted_from_their_vector_are_refused(per_group: bo
     model.net[0].float().double()
     with pytest.raises(RuntimeError, match="copied or moved"):
         step(batches(1)[0], lr, SCALARS)
-
-
-def test_graphs_are_kept_where_a_restart_leaves_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    variable = "TORCHINDUCTOR_CACHE_DIR"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv(variable, "chosen")
-    keep_graphs()
-    assert os.environ[variable] == "chosen"
-    monkeypatch.delenv(variable)
-    keep_graphs()
-    assert os.environ[variable] == str(tmp_path / "cache/pgrl/inductor")
-    monkeypatch.delenv(variable)
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # where no folder can be made
-    keep_graphs()
-    assert variable not in os.environ
-
-
-def test_a_signature_tells_graphs_apart() -> None:
-    batch, lr = Batch(torch.zeros(4, 3), torch.zeros(4)), torch.tensor(0.1)
-    same = signature((Batch(torch.ones(4, 3), torch.ones(4)), torch.tensor(0.2), ()))
-    assert signature((batch, lr, ())) == same and hash(same) is not None
-    other = Batch(torch.zeros(5, 3), torch.zeros(5))
-    others = [(other, lr, ()), (batch, None, ()), (batch, torch.zeros(1), ()), (batch, lr, True), (batch, lr, False)]
-    assert len({same, *map(signature, others)}) == 6
-
-
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float64])
-def test_no_graph_makes_a_constant_of_a_number(dtype: torch.dtype) -> None:
-    fine = [torch.zeros(()), torch.zeros(1, dtype=dtype), torch.zeros((), dtype=torch.bool), 3, None]
-    assert without_guards([SimpleNamespace(name="x", value=x) for x in fine]) == [False] * 5
-    with pytest.raises(TypeError, match="reads self.count, torch.*would become a constant"):
-        without_guards([SimpleNamespace(name="self.count", value=torch.zeros((), dtype=dtype))])
-
-
-class Counted:
-    """A step that reads a number of its object, and changes it."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.count = torch.zeros((), dtype=dtype)
-
-    def step(self, x: Tensor, twice: bool) -> Tensor:
-        self.count += 1
-        return x * self.count.float() * (2.0 if twice else 1.0)
-
-
-@pytest.mark.slow  # the compiler takes seconds
-def test_a_compiled_step_reads_the_present_number_and_has_a_graph_for_each_shape() -> None:
-    step = compile_step(Counted(torch.float32).step)
-    given = [(torch.ones(3), False), (torch.ones(3), False), (torch.ones(3), True), (torch.ones(2, 2), False)]
-    assert [step(x, twice).unique().item() for x, twice in given] == [1.0, 2.0, 6.0, 4.0]
-
-
-@pytest.mark.slow
-def test_a_compiled_step_is_refused_a_number_that_would_be_constant() -> None:
-    with pytest.raises(TypeError, match=r"reads self.count, torch.int64"):
-        compile_step(Counted(torch.int64).step)(torch.ones(3), False)

@@ -7,15 +7,13 @@ Gradients, moments and parameters are flat vectors: an optimiser is a handful of
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from pgrl.compiling import compile_step
 from pgrl.flat import FlatParameters, flatten
 
 
@@ -185,65 +183,3 @@ class GradientStep:
         for i, group in enumerate(self._groups):
             for name, tensor in group.optimiser.state_dict().items():
                 tensor.copy_(state[str(i)][name])
-
-
-T = TypeVar("T")
-
-
-def compile_step(step: Callable[..., T]) -> Callable[..., T]:
-    """`step`, a method, as one graph for each shape of its arguments, differentiated and fused by inductor.
-
-    Graphs are called without torch's guards, which would ask at every call whether what `step` reads of its object is
-    still what was compiled. So it must read there nothing that changes but tensors that keep their shapes. Of the
-    arguments it is asked here, by `signature`. TypeError where it reads a tensor whose value would become a constant.
-    """
-    import torch._dynamo.config as dynamo
-
-    keep_graphs()
-    dynamo.trace_autograd_ops = True  # without it torch.autograd.grad breaks the graph
-    owner = step.__self__  # type: ignore[attr-defined]
-    options: Any = {"cpp_wrapper": True, "guard_filter_fn": without_guards}
-    compiled: Any = torch.compile(step, fullgraph=True, dynamic=False, options=options)
-    graphs: dict[Any, Callable[..., T]] = {}
-
-    def call(*arguments: Any) -> T:
-        key = signature(arguments)
-        graph = graphs.get(key)
-        if graph is None:
-            program = compiled.aot_compile((arguments, {}))
-            program.disable_guard_check()
-            graph = graphs[key] = program.fn
-        return graph(owner, *arguments)
-
-    return call
-
-
-def without_guards(guards: Sequence[Any]) -> list[bool]:
-    """For `guard_filter_fn`: keep none of them, and refuse what only guards make right.
-
-    Dynamo may take the present value of a whole number, or one in double precision, that is a tensor without dimensions
-    in main memory, for a constant, and guard it.
-    """
-    for guard in guards:
-        x = guard.value
-        if isinstance(x, Tensor) and x.dim() == 0 and x.is_cpu and x.dtype not in (torch.float32, torch.bool):
-            raise TypeError(f"a compiled step reads {guard.name}, {x.dtype}, whose value would become a constant")
-    return [False] * len(guards)
-
-
-def signature(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What a graph of these arguments is good for: the shapes of tensors, and plain values.
-
-    Of a tuple the first tensor's shape is enough: those of the others follow from it.
-    """
-    firsts = (x[0] if isinstance(x, tuple) and x else x for x in arguments)
-    return tuple([x.shape if isinstance(x, Tensor) else x for x in firsts])
-
-
-def keep_graphs() -> None:
-    """Let inductor keep what it compiles in the user's cache folder; its own one is lost when the machine restarts."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pgrl" / "inductor"
-    with suppress(OSError, RuntimeError):  # no folder can be made there, or no home is known
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))

@@ -16,9 +16,10 @@ from pgrl import functional
 from pgrl.acting import Actor
 from pgrl.agents.base import Agent, Setting, generator
 from pgrl.agents.on_policy import AdvantageConfig, make_normalisers, prepare, targets
+from pgrl.compiling import compile_step
 from pgrl.data import NoiseStream, Transition, flatten_time
 from pgrl.networks import ActorCritic
-from pgrl.optim import Adam, GradientStep, RMSProp, compile_step
+from pgrl.optim import Adam, GradientStep, RMSProp
 
 
 @dataclass

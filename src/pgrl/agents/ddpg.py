@@ -29,9 +29,9 @@ from pgrl.agents.off_policy import (
     random_actions,
     updates_due,
 )
+from pgrl.compiling import compile_step
 from pgrl.data import NoiseStream, Transition
 from pgrl.errors import UserError
-from pgrl.optim import compile_step
 from pgrl.q_networks import Critics, DeterministicPolicy
 
 

@@ -32,11 +32,11 @@ from pgrl.agents.off_policy import (
     random_actions,
     updates_due,
 )
+from pgrl.compiling import compile_step
 from pgrl.data import NoiseStream, Transition
 from pgrl.distributions import Categorical, SquashedGaussian
 from pgrl.errors import UserError
 from pgrl.networks import Policy, PolicyConfig
-from pgrl.optim import compile_step
 from pgrl.q_networks import Critics
 
 
