@@ -135,13 +135,13 @@ class Critics(nn.Module):
             x = torch.stack([encoder.forward(obs) for encoder in encoders])
             x = x if given is None else torch.cat([x, given.expand(len(x), -1, -1)], -1)
         for weight, bias, norm in layers[:-1]:
-            x = torch.baddbmm(bias, x, weight)
+            x = torch.bmm(x, weight) + bias
             if norm is not None:
                 factor, summand = norm.split(1, 1)
                 x = F.layer_norm(x, x.shape[-1:]) * factor + summand
             x = self._activation(x)
         weight, bias, _ = layers[-1]
-        q = torch.baddbmm(bias, x, weight)
-        if not self.discrete:
-            return q.squeeze(-1)
+        if not self.discrete:  # one column: a sum is cheaper than a product
+            return (x * weight.mT).sum(-1) + bias.squeeze(-1)
+        q = torch.bmm(x, weight) + bias
         return q if action is None else q.gather(-1, action.expand(len(q), -1).unsqueeze(-1)).squeeze(-1)
