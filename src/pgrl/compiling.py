@@ -22,6 +22,7 @@ def compile_step(step: Callable[..., T]) -> Callable[..., T]:
     arguments it is asked here, by `signature`. TypeError where it reads a tensor whose value would become a constant.
     """
     import torch._dynamo.config as dynamo
+    from torch._dynamo.callback import CallbackTrigger, callback_handler
 
     keep_graphs()
     dynamo.trace_autograd_ops = True  # without it torch.autograd.grad breaks the graph
@@ -34,7 +35,9 @@ def compile_step(step: Callable[..., T]) -> Callable[..., T]:
         key = signature(arguments)
         graph = graphs.get(key)
         if graph is None:
-            program = compiled.aot_compile((arguments, {}))
+            # of which `aot_compile` would not tell who asked torch to be told of compilations, as a profile does
+            with callback_handler.install_callbacks(CallbackTrigger.DYNAMO, "pgrl"):
+                program = compiled.aot_compile((arguments, {}))
             program.disable_guard_check()
             graph = graphs[key] = program.fn
         return graph(owner, *arguments)
