@@ -163,28 +163,12 @@ def test_a_stopped_run_is_profiled_until_it_stops(parts: SimpleNamespace, tmp_pa
 
 def test_the_compiler_has_a_section(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of what compiled steps say of their compilation, whoever compiles them."""
-    from torch._dynamo.aot_compile_types import SerializableCallable
-
-    class Graph(SerializableCallable):
-        def __init__(self, graph: torch.fx.GraphModule) -> None:
-            self.graph = graph
-
-        def __call__(self, *arguments: object) -> object:
-            return self.graph(*arguments)
-
-        @classmethod
-        def serialize_compile_artifacts(cls, fn: object) -> bytes:
-            raise NotImplementedError
-
-        @classmethod
-        def deserialize_compile_artifacts(cls, data: bytes) -> object:
-            raise NotImplementedError
 
     class Learner:
         def step(self, x: torch.Tensor) -> torch.Tensor:
             return x.sin() + 1
 
-    monkeypatch.setattr(compiling, "inductor", lambda graph, inputs: Graph(graph))
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda graph, inputs, **_: graph)
     compiled = compiling.compile_step(Learner().step)
     agent = SimpleNamespace(act=lambda: None, update=lambda: compiled(torch.ones(3)))
     upkeep = SimpleNamespace(**dict.fromkeys(("tend", "evaluate", "log", "snapshot", "save"), lambda: None))

@@ -35,7 +35,7 @@ def compile_step(step: Callable[..., T]) -> Callable[..., T]:
         key = signature(arguments)
         graph = graphs.get(key)
         if graph is None:
-            # of which `aot_compile` would not tell who asked torch to be told of compilations, as a profile does
+            # `aot_compile` tells none of those who listen to torch's compilations, as a profile does
             with callback_handler.install_callbacks(CallbackTrigger.DYNAMO, "pgrl"):
                 program = compiled.aot_compile((arguments, {}))
             program.disable_guard_check()
