@@ -74,5 +74,5 @@ if __name__ == "__main__":
     capacity, batch_size, num_envs = [*given, *(1_000_000, 256, 1)[len(given) :]]
     torch.set_num_threads(1)
     for n_step in (1, 3):
-        for prioritised in (None, Priority()):
+        for prioritised in (None, Priority(0.6)):
             print("\n".join(measure(capacity, batch_size, num_envs, n_step, prioritised)), flush=True)

@@ -37,7 +37,7 @@ from pgrl.errors import UserError
 from pgrl.evaluate import bootstrap_interval, iqm
 from pgrl.files import lock
 from pgrl.logger import read_rows
-from plot_curves import BINS, Curves, bin_returns, plot_grid, plot_suite
+from plot_curves import BINS, Curves, bin_returns, plot_grid, plot_suite, short
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = [sys.executable, "-m", "pgrl.train"]
@@ -62,7 +62,7 @@ class Suite:
 
     @property
     def title(self) -> str:
-        return f"{self.algo.upper()} · {self.env}"
+        return f"{self.algo.upper()} · {self.env} · {short(self.total_timesteps)}"
 
 
 ZOO, ZOO_20K, ZOO_50K, ZOO_100K, ZOO_500K = (
@@ -409,7 +409,7 @@ def table_line(suite: Suite, rows: Sequence[Row]) -> str:
         suite.env,
         f"{suite.total_timesteps:,}",
         str(len(rows)),
-        f"{number(float(np.mean(scores)))} ± {number(float(np.std(scores)))}",
+        number(float(np.mean(scores))) + (f" ± {number(float(np.std(scores, ddof=1)))}" if len(scores) > 1 else ""),
         f"{number(iqm(scores))} [{number(low)}, {number(high)}]",
         number(min(scores)),
         number(training),

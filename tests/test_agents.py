@@ -939,7 +939,7 @@ REPLAY_FLIPS: dict[str, Flip] = {
     "learning_starts": flip(16),
     "tau": flip(0.5),
     "n_step": flip(3),
-    "per_alpha": flip(0.6),
+    "per_alpha": flip(0.6, 0.9),
     "per_beta": flip(1.0, per_alpha=0.6),
     "norm_obs": flip(True),
     "clip_obs": flip(0.5, norm_obs=True),

@@ -50,6 +50,21 @@ HEADINGS: dict[str, type] = {
 }
 
 
+def test_tuned_files_are_listed() -> None:
+    section = PAGE.split("## Tuned settings\n", 1)[1].split("\n## ", 1)[0]
+    mujoco = re.sub(r"\s+", " ", section.split(" v4 and v5 of ", 1)[1].rstrip(".\n")).replace(" and ", ", ")
+    folder = Path(__file__).parents[1] / "configs/tuned"
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| (\w.+) \|$", section, re.MULTILINE)
+    assert {name for names, _ in rows for name in names.strip("`").split("`, `")} == {p.name for p in folder.iterdir()}
+    for names, envs in rows:
+        for name in names.strip("`").split("`, `"):
+            there = {path.relative_to(folder / name).as_posix() for path in (folder / name).rglob("*-v*.yaml")}
+            assert {re.sub(r"-v\d+\.yaml$", "", path) for path in there} == set(
+                envs.replace("MuJoCo", mujoco).split(", ")
+            )
+            assert {f"{env}-v{n}.yaml" for env in mujoco.split(", ") if "MuJoCo" in envs for n in (4, 5)} <= there
+
+
 def table(heading: str) -> dict[str, Any]:
     """The keys and defaults under a heading."""
     section = re.split(r"^#+ ", PAGE.split(f"# {heading}\n", 1)[1], maxsplit=1, flags=re.MULTILINE)[0]

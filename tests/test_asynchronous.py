@@ -281,3 +281,10 @@ def test_script_without_a_main_guard_is_told(tmp_path: Path) -> None:
     script.write_text(f"{lines[0]}\nif __name__ == '__main__':\n    {lines[1].replace('/run', '/run2')}\n")
     subprocess.run([sys.executable, script], check=True, capture_output=True, timeout=120)
     assert status(tmp_path / "run2")["state"] == "done"
+
+
+def test_workers_of_the_command_line_start_without_a_warning(tmp_path: Path) -> None:
+    words = [*QUICK, "total_timesteps=1000", f"run_dir={tmp_path / 'run'}"]
+    command = [sys.executable, "-m", "pgrl.train", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "Warning" not in done.stderr

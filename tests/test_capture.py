@@ -34,10 +34,10 @@ from pgrl.capture import Captured, Learner, captured_update, generators, tensors
 from pgrl.config import capturing, compose
 from pgrl.data import Rollout, Transition
 from pgrl.envs import EnvConfig, make_vec
-from pgrl.errors import UserError
+from pgrl.errors import NonFiniteError, UserError
 from pgrl.networks import ActorCritic
 from pgrl.runs import build
-from pgrl.train import NonFiniteError, check_finite, collect
+from pgrl.train import check_finite, collect
 
 CPU = torch.device("cpu")
 VALUES = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal"}

@@ -63,6 +63,10 @@ WRONG = [
     # a deterministic policy
     ("algo=dpg algo.noise_std=0", "algo.noise_std=0.0", "above 0"),
     ("algo=dpg compile=true", "compile=True", "no loss"),
+    ("algo=dpg network=mlp", "network=mlp", "algo=dpg does not have"),
+    ("algo=sac env=Pendulum-v1 network=cnn algo.learning_starts=500", "network=cnn", "which algo=sac does not have"),
+    ("algo=ddpg env=Pendulum-v1 algo.per_alpha=3", "algo.per_alpha=3.0", "at most 1"),
+    ("algo=sac env=Pendulum-v1 algo.policy_delay=20000", "total_timesteps=20000", "no step of the policy"),
     ("algo=dpg algo.ent_coef=0.1", "algo.ent_coef=0.1", "but for algo=a2c"),
     ("env=LinearQuadratic-v0", "env=LinearQuadratic-v0", "did you mean pgrl/LinearQuadratic-v0"),
     # replay
@@ -72,6 +76,7 @@ WRONG = [
     ("algo=sac num_envs=4000 total_timesteps=11000 algo.learning_starts=10000", "total_timesteps=11000", "no gradient"),
     ("algo=sac env=Acrobot-v1 algo.utd_ratio=1e-7", "total_timesteps=1000000", "no gradient step"),
     ("algo=sac num_envs=10 algo.num_steps=5000 algo.buffer_size=20000", "algo.buffer_size=20000", "one rollout"),
+    ("algo=sac env=Acrobot-v1 num_envs=2000 algo.buffer_size=1000", "algo.buffer_size=1000", "one rollout of"),
     ("algo=sac env=Acrobot-v1 algo.buffer_size=1000", "algo.buffer_size=1000", "cannot hold algo.learning_starts"),
     (
         "algo=sac env=Acrobot-v1 algo.learning_starts=1000 algo.buffer_size=1000 num_envs=500 algo.n_step=50",
@@ -101,6 +106,7 @@ WRONG = [
     ("run_dir=stopped", "run_dir=stopped", "resume= continues"),
     ("-m seed=1,2 run_dir=shared", "run_dir=shared", "2 runs would share"),
     ("-m seed=1,2 algo.gamma=0.9,7", "algo.gamma=7", "in [0, 1]"),
+    ("-m algo=ppo seed=1,x,3", "seed=x", "a whole number"),
     # resume
     ("resume=nothing", "resume=nothing", "no such folder"),
     ("resume=foreign", "foreign", "cannot be used"),
@@ -117,6 +123,7 @@ WRONG = [
     ("evaluate run=nothing", "run=nothing", "no such folder"),
     ("evaluate stopped", "stopped", "not of the form key=value"),
     ("evaluate run=stopped episode=3", "episode=3", "did you mean episodes"),
+    ("evaluate run=stopped device=cpu", "device=cpu", "there is no such key."),
     ("evaluate run=stopped episodes=many", "episodes=many", "a whole number"),
     ("evaluate run=stopped checkpoint=first", "checkpoint=first", "last, best or a step"),
 ]
@@ -132,6 +139,8 @@ MORE = [
     ("evaluate run=other", "run=other", "not the folder of a run"),
     ("evaluate run=stopped episodes=0", "episodes=0", "at least 1"),
     ("algo=PPO", "algo=PPO", "must be a2c or"),
+    ("algo=td3 env=Pendulum-v1", "algo=td3", "must be a2c or"),
+    ("experiment=foo env=CartPole-v1", "experiment=foo", "must be actor_critic or"),
     ("env=Hopper-v9", "env=Hopper-v9", "did you mean Hopper-v5"),
     ("env=Hopper-v3", "env=Hopper-v3", "no such environment"),
     ("network=resnet", "network=resnet", "must be cnn or mlp"),
@@ -252,6 +261,38 @@ def test_env_and_network_that_do_not_fit(
         text = capsys.readouterr().err
         assert caught.value.code == 2 and key in text and "Traceback" not in text
         assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("command", "remedy"),
+    [
+        ("algo=PPO seed=3", "algo=ppo seed=3"),
+        ("algo=td3 env=Pendulum-v1", "experiment=td3 env=Pendulum-v1"),
+        ("experiment=foo env=CartPole-v1", "env=CartPole-v1"),
+        ("experiment=tdd3 env=Pendulum-v1", "experiment=td3 env=Pendulum-v1"),
+        ("algo=sac env=Pendulum-v1 network=cnn", "algo=sac env=Pendulum-v1 algo.network.body=cnn"),
+        ("-m algo=ppo seed=1,x,3", "-m algo=ppo seed=1,3"),
+        ("-m algo=ppo,foo seed=x", "algo=ppo seed=1"),
+        ("env=tests.envs_for_tests:Lukc-v0", "env=tests.envs_for_tests:Luck-v0"),
+    ],
+)
+def test_remedies_are_what_was_meant(
+    command: str, remedy: str, composed: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        config.main(shlex.split(command), launch)
+    assert capsys.readouterr().err.splitlines()[-1] == f"Try: python -m pgrl.train {remedy}"
+
+
+def test_a_run_that_diverges_is_one_clear_screen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = "algo=ddpg env=Pendulum-v1 tuned=null total_timesteps=300 algo.learning_starts=64 algo.batch_size=32"
+    words += f" num_envs=4 algo.critic_lr=1e20 algo.per_alpha=0.6 tensorboard=false run_dir={tmp_path / 'run'}"
+    with pytest.raises(SystemExit) as caught:
+        config.main(words.split(), launch)
+    text = capsys.readouterr().err
+    assert caught.value.code == 1 and "Traceback" not in text
+    assert "the update gave NaN or infinity: losses/" in text and "algo.critic_lr=1e+19" in text
+    assert "Traceback" in (tmp_path / "run/train.log").read_text()
 
 
 def test_folder_in_use(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

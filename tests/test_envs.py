@@ -664,17 +664,18 @@ def test_an_id_like_no_other_gets_the_list() -> None:
     assert "Malformed" in refusal("not an id")
 
 
-@pytest.mark.parametrize(
-    ("name", "line"),
-    [
-        ("NoPackage-v0", "Run: pip install a_package_that_nobody_has"),
-        ("another_package_that_nobody_has.envs:Thing-v0", "Run: pip install another_package_that_nobody_has"),
-    ],
-)
-def test_a_missing_package_gets_its_pip_line(name: str, line: str) -> None:
+def test_a_missing_package_gets_its_pip_line() -> None:
+    text = refusal("NoPackage-v0")
+    assert text.startswith("env=NoPackage-v0: a package it needs is not installed: No module named")
+    assert text.splitlines()[-1] == "Run: pip install a_package_that_nobody_has"
+
+
+@pytest.mark.parametrize("name", ["nobodys_module:Thing-v0", "nobodys_module.envs:Thing-v0"])
+def test_a_module_of_ones_own_is_not_looked_for_elsewhere(name: str) -> None:
+    """It lies in another folder; what has its name where packages come from is somebody else's."""
     text = refusal(name)
-    assert text.startswith(f"env={name}: a package it needs is not installed: No module named")
-    assert text.splitlines()[-1] == line
+    assert "its package cannot be imported: No module named 'nobodys_module'" in text
+    assert "in the folder that holds nobodys_module" in text and "pip install" not in text
 
 
 @pytest.mark.parametrize(
@@ -701,6 +702,9 @@ def test_wrong_keyword_arguments_are_answered_with_the_right_ones() -> None:
     assert text.startswith("env.kwargs={'colour': 'red'}: ") and "'colour'" in text.splitlines()[0]
     assert text.splitlines()[-1] == "CartPole-v1 takes: sutton_barto_reward, render_mode"
     assert "Counter-v0 takes: terminate_at, truncate_at" in refusal("Counter-v0", size=3)
+    assert "takes: terminate_at, truncate_at" in refusal("tests.envs_for_tests:Counter-v0", size=3)
+    text = refusal("FrozenLake-v1", map_name="foo")  # a value that the env itself refuses
+    assert text == "env.kwargs={'map_name': 'foo'}: FrozenLake-v1 says KeyError: 'foo'"
 
 
 @pytest.mark.parametrize("limit", [0, -1])

@@ -28,7 +28,7 @@ SMALL: dict[str, Any] = {
     "batch_size": 16,
     "buffer_size": 256,
     "learning_starts": 32,
-    "actor_lr": 1e-2,
+    "actor_lr": 5e-3,
     "critic_lr": 1e-2,
 }
 
@@ -123,15 +123,15 @@ def one_more(agent: Any, *steps: str) -> list[Spy]:
 
 def test_sac_is_the_paper() -> None:
     """Equations 3 to 9 and 18 of Haarnoja et al. 2018, with torch's distributions and its Adam."""
-    agent = make(SACConfig, alpha_lr=1e-2, tau=0.1)
+    agent = make(SACConfig, alpha_lr=2e-2, tau=0.1)
     play(agent, 16)
     assert agent.updates == 0 and agent.buffer.count == 32  # warm-up just ended: Adam is new on both sides
     policy = plain(agent.net.body, agent.net.policy_head)
     q1, q2 = plain_qs(agent.critics)
     target1, target2 = plain_qs(agent.target_critics)
     log_alpha = nn.Parameter(agent.temperature.log.detach().clone())
-    optimisers = [torch.optim.Adam(parameters(q1, q2), 1e-2), torch.optim.Adam(policy.parameters(), 1e-2)]
-    optimisers.append(torch.optim.Adam([log_alpha], 1e-2))
+    optimisers = [torch.optim.Adam(parameters(q1, q2), 1e-2), torch.optim.Adam(policy.parameters(), 5e-3)]
+    optimisers.append(torch.optim.Adam([log_alpha], 2e-2))
 
     def sample(obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         mean, log_std = policy(obs).chunk(2, -1)
@@ -150,6 +150,7 @@ def test_sac_is_the_paper() -> None:
         (batch, _, alpha), (actor_batch, _, _) = critic.calls[0], actor.calls[0]
         agent.critic_step, agent.actor_step = critic.step, actor.step
         torch.testing.assert_close(alpha, log_alpha.exp())
+        assert not torch.equal(actor_batch.noise, batch.noise)  # each has actions of its own
         with torch.no_grad():
             action, log_prob = sample(batch.next_obs, batch.noise)
             value = torch.min(target1(batch.next_obs, action), target2(batch.next_obs, action)) - alpha * log_prob
@@ -190,7 +191,7 @@ def test_discrete_sac_is_the_paper() -> None:
     loss.backward()
     optimiser.step()
     same(agent.critics, q1, q2)
-    optimiser = torch.optim.Adam(policy.parameters(), 1e-2)
+    optimiser = torch.optim.Adam(policy.parameters(), 5e-3)
     pi = policy(actor_batch.obs).softmax(-1)
     with torch.no_grad():
         smaller = torch.min(q1(actor_batch.obs), q2(actor_batch.obs))
@@ -210,7 +211,7 @@ def test_ddpg_is_the_paper(td3: bool) -> None:
     qs = plain_qs(agent.critics)
     slow_qs = plain_qs(agent.target_critics)
     assert len(qs) == 1 + td3
-    q_adam, actor_adam = torch.optim.Adam(parameters(*qs), 1e-2), torch.optim.Adam(actor.parameters(), 1e-2)
+    q_adam, actor_adam = torch.optim.Adam(parameters(*qs), 1e-2), torch.optim.Adam(actor.parameters(), 5e-3)
     for k in range(4):
         (spy,) = one_more(agent, "critic_step")
         agent.critic_step = spy.step
@@ -288,6 +289,11 @@ def test_random_choices_are_uniform() -> None:
     assert drawn.dtype == torch.int64 and drawn.bincount().tolist() == pytest.approx([1000] * 3, rel=0.1)
 
 
+def test_the_noise_is_as_large_as_asked() -> None:
+    agent = make(DDPGConfig, noise_std=0.3)
+    assert agent.next_noise(20_000).std() == pytest.approx(0.3, rel=0.02)
+
+
 def test_coloured_noise_fits_any_number_of_envs() -> None:
     agent = make(DDPGConfig, noise="ou", learning_starts=16)
     play(agent, 10)
@@ -332,6 +338,9 @@ def test_an_entropy_out_of_reach_is_refused(space: spaces.Space[Any], largest: f
     assert make(SACConfig, space, target_entropy=largest + 1.0, alpha=0.1)  # which nothing asks for
     with pytest.raises(UserError, match=f"never reached: .* {largest:.3g} nats.\nUse: algo.target_entropy="):
         make(SACConfig, space, target_entropy=largest)
+    if space is CHOICE:
+        with pytest.raises(UserError, match=r"target_entropy=-1 is never reached: .* above 0.\nUse: .*=1.08"):
+            make(SACConfig, space, target_entropy=-1.0)
 
 
 def test_a_delayed_policy_learns_at_every_nth_step() -> None:
@@ -411,6 +420,15 @@ def test_priorities_follow_the_errors(cls: type) -> None:
     torch.testing.assert_close(told[0], expected[0])
 
 
+def test_a_priority_that_is_not_finite_leaves_the_others() -> None:
+    agent = make(SACConfig, per_alpha=0.6)
+    play(agent, 20)
+    errors = torch.tensor([math.nan, math.inf, 1.0])
+    agent.buffer.update_priorities(torch.arange(3), errors)  # the run stops for the loss, which names what is wrong
+    share = agent.buffer.sample(4000, 1.0).index.bincount(minlength=3) / 4000
+    assert share[0] < 1e-3 and share[1] < 1e-3 and share[2] > 0.01
+
+
 def test_importance_weights_grow_to_their_full_power() -> None:
     agent, betas = make(SACConfig, per_alpha=0.6, per_beta=0.4), []
     play(agent, 20)
@@ -423,8 +441,11 @@ def test_importance_weights_grow_to_their_full_power() -> None:
 
 @pytest.mark.parametrize("cls", [SACConfig, DDPGConfig])
 def test_batches_are_normalised_by_statistics_that_change_last(cls: type) -> None:
-    agent = make(cls, norm_obs=True, clip_obs=0.7)
+    agent, seen = make(cls, norm_obs=True, clip_obs=0.7), []
+    add = agent.buffer.add
+    agent.buffer.add = lambda rollout: (seen.append(rollout.obs[0].double()), add(rollout))
     play(agent, 20)
+    torch.testing.assert_close(agent.obs_norm.mean, torch.cat(seen).mean(0))
     sample, samples, counts = agent.buffer.sample, [], []
 
     def sampled(*args: Any) -> Any:

@@ -37,7 +37,7 @@ class Counts(NamedTuple):
 ACCEPTED = {
     "a2c": Counts(act=3, collect=1, update=224, step=0, waits=1),
     "a3c": Counts(act=3, collect=1, update=224, step=0, waits=1),
-    "ddpg": Counts(act=3, collect=0, update=525, step=232, waits=8),
+    "ddpg": Counts(act=3, collect=0, update=519, step=232, waits=8),
     "dpg": Counts(act=5, collect=33, update=88, step=0, waits=0),
     "npg": Counts(act=3, collect=1, update=1733, step=55, waits=22),
     "ppo": Counts(act=3, collect=1, update=529, step=203, waits=1),

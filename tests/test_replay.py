@@ -182,7 +182,7 @@ def test_ends_may_be_numbered_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("prioritised", [None, Priority()])
+@pytest.mark.parametrize("prioritised", [None, Priority(0.6)])
 def test_it_allocates_what_it_says(case: str, prioritised: Priority | None) -> None:
     for capacity, num_envs, n_step in ((1000, 1, 1), (1000, 3, 4), (2, 5, 1)):
         world = World(num_envs, *CASES[case], 0.0, 0)
@@ -223,7 +223,7 @@ def test_uniform_samples_are_uniform() -> None:
 
 
 def test_sampled_rows_are_those_of_their_index() -> None:
-    for prioritised in (None, Priority()):
+    for prioritised in (None, Priority(0.6)):
         world = World(3, VECTOR, BOX, 0.3, 0)
         buffer = make(world, 30, 2, prioritised)
         buffer.add(world.rollout(25))
@@ -295,7 +295,7 @@ def act(buffer: Any, world: World, rng: random.Random) -> None:
         buffer.update_priorities(batch.index, torch.randn(4, generator=world.generator))
 
 
-@pytest.mark.parametrize("prioritised", [None, Priority()])
+@pytest.mark.parametrize("prioritised", [None, Priority(0.6)])
 @pytest.mark.parametrize(("capacity", "num_envs", "end"), [(1, 1, 0.3), (9, 1, 1.0), (30, 3, 0.3), (500, 2, 0.05)])
 def test_a_snapshot_stays_what_it_was(
     capacity: int, num_envs: int, end: float, prioritised: Priority | None, monkeypatch: pytest.MonkeyPatch
@@ -325,7 +325,7 @@ def test_a_snapshot_stays_what_it_was(
     assert most > (10 if capacity == 500 else 0)
 
 
-@pytest.mark.parametrize("prioritised", [None, Priority()])
+@pytest.mark.parametrize("prioritised", [None, Priority(0.6)])
 def test_a_buffer_that_was_loaded_goes_on_bit_for_bit(prioritised: Priority | None) -> None:
     for seed in range(6):
         worlds = [World(2, VECTOR, BOX, 0.3, seed) for _ in range(2)]
@@ -350,7 +350,7 @@ def test_a_buffer_that_was_loaded_goes_on_bit_for_bit(prioritised: Priority | No
 
 
 def test_two_buffers_of_one_seed_are_the_same() -> None:
-    for prioritised in (None, Priority()):
+    for prioritised in (None, Priority(0.6)):
         batches = []
         for _ in range(2):
             world, rng = World(2, VECTOR, BOX, 0.3, 5), random.Random(0)
@@ -415,7 +415,7 @@ def stop_at(line: int, action: Callable[[], object]) -> bool:
     return False
 
 
-@pytest.mark.parametrize("prioritised", [None, Priority()])
+@pytest.mark.parametrize("prioritised", [None, Priority(0.6)])
 def test_a_signal_between_any_two_statements_leaves_the_snapshot_as_it_was(prioritised: Priority | None) -> None:
     """In `add`, where rows and ends are overwritten, the ends grow, and the last row is cut; and in `state_dict`."""
 

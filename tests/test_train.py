@@ -8,22 +8,23 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tests.faults.test_resume import assert_same, equal
 
 import pgrl
-from pgrl import checkpoint, files
+from pgrl import checkpoint, files, processor, runs
 from pgrl.config import compose, decide_compile, load_run
 from pgrl.data import Rollout
-from pgrl.errors import UserError
+from pgrl.errors import NonFiniteError, UserError
 from pgrl.evaluate import Evaluation
 from pgrl.evaluate import main as evaluate_main
 from pgrl.logger import read_rows
 from pgrl.runs import build
 from pgrl.signals import Signals, Stop
-from pgrl.train import NonFiniteError, collect
+from pgrl.train import collect
 from pgrl.upkeep import due
 
 PPO = ["algo=ppo", "env=CartPole-v1", "num_envs=4", "algo.num_steps=32", "algo.num_minibatches=4", "seed=3"]
@@ -97,7 +98,8 @@ def test_evaluation_does_not_disturb_training(algo: list[str], tmp_path: Path) -
 def test_best_checkpoint_is_kept(tmp_path: Path) -> None:
     run_dir = run(tmp_path, "run", *PPO, "total_timesteps=6000", "eval_every=500", "eval_episodes=2", "save_every=128")
     best = max(
-        (r for r in read_rows(run_dir) if "eval/return_mean" in r), key=lambda r: (r["eval/return_mean"], -r["step"])
+        (r for r in read_rows(str(run_dir)) if "eval/return_mean" in r),
+        key=lambda r: (r["eval/return_mean"], -r["step"]),
     )
     assert best["step"] in checkpoint.list_steps(run_dir)
     assert len(checkpoint.list_steps(run_dir)) <= 4
@@ -220,6 +222,38 @@ def test_another_thread_count_is_told(tmp_path: Path) -> None:
     pgrl.run([f"resume={run_dir}", "total_timesteps=2000", "threads=2"])
     assert "threads was 1, is 2" in (run_dir / "train.log").read_text()
     torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_a_config_that_was_changed_by_hand_is_one_clear_screen(tmp_path: Path, command: str) -> None:
+    run_dir = run(tmp_path, "run", *PPO, "total_timesteps=1000")
+    text = (run_dir / "config.yaml").read_text()
+    assert "    - 64\n" in text
+    (run_dir / "config.yaml").write_text(text.replace("    - 64\n", "    - 32\n"))
+    with pytest.raises(UserError, match="not of the configuration in config.yaml: (.|\n)*Undo the changes"):
+        pgrl.run([f"resume={run_dir}", "total_timesteps=2000"]) if command == "train" else pgrl.load(run_dir)
+
+
+def test_envs_are_closed_where_the_agent_refuses_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed, make_vec = [], runs.make_vec
+
+    def made(*arguments: Any) -> Any:
+        env = make_vec(*arguments)
+        monkeypatch.setattr(env, "close", lambda: closed.append(env))
+        return env
+
+    monkeypatch.setattr(runs, "make_vec", made)
+    with pytest.raises(UserError, match="algo=ddpg needs continuous actions"):
+        build(compose(["algo=ddpg", "env=CartPole-v1"]))
+    assert len(closed) == 1
+
+
+def test_an_evaluation_has_the_threads_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir, told = run(tmp_path, "run", *PPO, "total_timesteps=1000"), []
+    learn = sum(p.numel() for p in build(load_run(run_dir)).agent.parameters())
+    monkeypatch.setattr(processor, "set_up", lambda *arguments: told.append(arguments[0]))
+    evaluate_main([f"run={run_dir}", "episodes=1"])
+    assert told == [learn]
 
 
 def test_a_checkpoint_that_lacks_something_is_one_clear_screen(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from contextlib import closing, suppress
 from dataclasses import replace
 from multiprocessing import forkserver, resource_tracker
@@ -29,9 +30,10 @@ from pgrl.agents.a3c import Shared
 from pgrl.config import RunConfig
 from pgrl.data import Rollout
 from pgrl.envs import Episode
+from pgrl.errors import NonFiniteError
 from pgrl.runs import Run, build
 from pgrl.signals import STOPPING, Signals, Stop
-from pgrl.train import NonFiniteError, check_finite, collect
+from pgrl.train import check_finite, collect
 from pgrl.upkeep import Upkeep
 
 log = logging.getLogger("pgrl")
@@ -183,6 +185,10 @@ class Workers:
                 process.kill()
                 process.join()
         self._processes, self._pipes = [], {}
+
+
+# A worker runs the main program again by its name, which for `python -m pgrl.train` is a module that it has already.
+warnings.filterwarnings("ignore", "'pgrl.train' found in sys.modules", RuntimeWarning)
 
 
 def start_server(signals: Signals) -> None:

@@ -79,6 +79,19 @@ def time_limit(env_id: str, backend: str = "gymnasium") -> int | None:
     return steps if steps < 2**31 - 1 else None
 
 
+def is_builtin(env_id: str) -> bool:
+    """Whether a registered env is Gymnasium's or pgrl's own, so that it needs no package before its id."""
+    entry = gymnasium.registry[env_id].entry_point
+    return (entry if isinstance(entry, str) else getattr(entry, "__module__", "")).startswith(("gymnasium.", "pgrl."))
+
+
+def near_registered(env_id: str) -> list[str]:
+    """The registered ids that an unknown one may have meant, with the package that it names where they need it."""
+    package, colon, name = env_id.rpartition(":")
+    near = [known for known in near_ids(name) if known != name]
+    return [known if is_builtin(known) else package + colon + known for known in near]
+
+
 def near_ids(env_id: str, n: int = 3, ids: list[str] | None = None) -> list[str]:
     """Ids that an unknown one may have meant: other versions of the name, newest first, or names like it.
 

@@ -27,7 +27,7 @@ from pgrl.agents import Agent
 from pgrl.config import EvaluateConfig, RunConfig
 from pgrl.envs import EnvConfig, make_vec, to_evaluate
 from pgrl.errors import CheckpointError
-from pgrl.runs import make_agent, of_another_version, set_up
+from pgrl.runs import MISFITS, make_agent, misfit, set_up
 
 MAX_ENVS = 32
 LONGEST = 10_000  # steps of an episode of an env that has no time limit
@@ -106,6 +106,14 @@ def load(run_dir: Path, which: str = "last") -> tuple[Agent, RunConfig, int]:
     Reads the run's folder and changes nothing in it. The agent is for acting: its parameters want no gradients, so that
     its actions are plain tensors. CheckpointError if there is no such checkpoint.
     """
+    agent, config, step = restored(run_dir, which)
+    for parameter in agent.parameters():
+        parameter.requires_grad_(False)
+    return agent, config, step
+
+
+def restored(run_dir: Path, which: str) -> tuple[Agent, RunConfig, int]:
+    """What `load` gives, but for the agent's parameters, which are those of training."""
     config = replace(configuration.load_run(run_dir), device="cpu", compile=False)
     step, state = newest(run_dir)
     if which != "last":
@@ -123,10 +131,8 @@ def load(run_dir: Path, which: str = "last") -> tuple[Agent, RunConfig, int]:
     env.close()
     try:
         agent.load_state_dict(state["agent"])
-    except KeyError as error:
-        raise of_another_version(state, error) from error
-    for parameter in agent.parameters():
-        parameter.requires_grad_(False)
+    except MISFITS as error:
+        raise misfit(state, error) from error
     return agent, config, step
 
 
@@ -148,7 +154,7 @@ def main(argv: list[str] | None = None) -> None:
 def report(options: EvaluateConfig) -> None:
     """Print and write what `options` asks for."""
     run_dir = Path(options.run)
-    agent, config, step = load(run_dir, options.checkpoint)
+    agent, config, step = restored(run_dir, options.checkpoint)
     set_up(config, agent)
     result = evaluate(agent, config.env, options.episodes, options.seed)
     returns = result.returns

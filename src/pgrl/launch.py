@@ -11,12 +11,14 @@ from pgrl import asynchronous, checkpoint, files, train
 from pgrl import config as configuration
 from pgrl.agents import A3C
 from pgrl.config import RunConfig
+from pgrl.errors import NonFiniteError
 from pgrl.logger import Logger, Progress
 from pgrl.profiling import Profile
 from pgrl.runs import build, gathered_warnings, headline, holds_rows, last_words, replay_bytes, say, write_status
 from pgrl.signals import Signals, Stop
 from pgrl.upkeep import Upkeep
 
+RATES = ("_lr", "learning_rate")  # how the keys of step sizes end
 log = logging.getLogger("pgrl")
 
 
@@ -79,8 +81,12 @@ def launch(config: RunConfig) -> Path:
             outcome = "stopped"
             say(f"\nstopped by {stop} at step {run.position.step:,}; to go on: python -m pgrl.train resume={run_dir}")
             raise
-        except Exception:
+        except Exception as error:
             log.exception("the run failed")
+            if isinstance(error, NonFiniteError):
+                smaller = (f"algo.{k}={v / 10:g}" for k, v in vars(config.algo).items() if k.endswith(RATES) and v)
+                error.add_note(f"Smaller steps may keep it finite, such as {' '.join(smaller)}")
+                error.add_note(f"Where it came up: {run_dir / 'train.log'}")
             raise
         finally:
             signals.end()

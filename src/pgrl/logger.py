@@ -83,9 +83,9 @@ class Logger:
         self._failed = True
 
 
-def read_rows(run_dir: Path) -> list[Row]:
+def read_rows(run_dir: Path | str) -> list[Row]:
     """The rows of a run's metrics.jsonl, without a torn one; OSError if there is no such file."""
-    lines = files.read_bytes(run_dir / "metrics.jsonl").split(b"\n")
+    lines = files.read_bytes(Path(run_dir) / "metrics.jsonl").split(b"\n")
     return [row for row in map(_parse, lines) if row]
 
 

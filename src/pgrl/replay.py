@@ -44,10 +44,10 @@ class Batch(NamedTuple):
 class Priority(NamedTuple):
     """Prioritised replay: a sample's probability is proportional to (|TD error| + eps)^alpha.
 
-    Schaul et al. 2016 (arXiv 1511.05952), section 3.3, the proportional variant; alpha as in its experiments.
+    Schaul et al. 2016 (arXiv 1511.05952), section 3.3, the proportional variant.
     """
 
-    alpha: float = 0.6
+    alpha: float
     eps: float = 1e-6
 
 
@@ -304,11 +304,15 @@ class ReplayBuffer:
         return Batch(obs, action, reward, next_obs, discount, weight, index)
 
     def update_priorities(self, index: Tensor, td_error: Tensor) -> None:
-        """Give the transitions of the last sample, `index` [N], the priorities of their TD errors [N]."""
+        """Give the transitions of the last sample, `index` [N], the priorities of their TD errors [N].
+
+        Errors that are not finite count as 0: the loss that had them is not finite either, and stops the run.
+        """
         if self._tree is None or self.prioritised is None:
             raise ValueError("a uniform buffer has no priorities")
         alpha, eps = self.prioritised
-        self._tree.set(index, (td_error.detach().double().abs() + eps) ** alpha)
+        error = td_error.detach().double().abs().nan_to_num_(nan=0.0, posinf=0.0)
+        self._tree.set(index, (error + eps) ** alpha)
 
     # The state, and the snapshots that let a buffer go on after it was taken.
 

@@ -94,25 +94,33 @@ class Run:
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a snapshot's state; warns of what may make the continuation round differently.
 
-        CheckpointError where the state has not what this version of pgrl asks for.
+        CheckpointError where the state has not what this version of pgrl asks for, or is of another configuration.
         """
         now = made_with(self.agent)
         try:
             for name, part in vars(self).items():
                 part.load_state_dict(state[name])
-        except KeyError as error:
-            raise of_another_version(state, error) from error
+        except MISFITS as error:
+            raise misfit(state, error) from error
         changed = [f"{k} was {v}, is {now.get(k)}" for k, v in state["made_with"].items() if v != now.get(k)]
         if changed:
             log.warning("the run goes on, but perhaps not bit for bit: %s", ", ".join(changed))
 
 
-def of_another_version(state: dict[str, Any], missing: KeyError) -> CheckpointError:
-    """What to say of a checkpoint that lacks what this version of pgrl asks for."""
+MISFITS = (KeyError, RuntimeError, TypeError, ValueError)  # what load_state_dict raises for the state of another object
+
+
+def misfit(state: dict[str, Any], error: Exception) -> CheckpointError:
+    """What to say of a checkpoint that lacks what this version of pgrl asks for, or that belongs to another config."""
+    if not isinstance(error, KeyError):
+        return CheckpointError(
+            f"the checkpoint is not of the configuration in config.yaml: {' '.join(str(error).split())[:200]}\n"
+            "Undo the changes to config.yaml, or start a new run with them: python -m pgrl.train"
+        )
     was, now = state.get("made_with", {}).get("pgrl", "another version"), versions().get("pgrl")
     by = f"an earlier state of pgrl {now}" if was == now else f"pgrl {was}"
     return CheckpointError(
-        f"the checkpoint was made by {by} and has no {missing}, which this pgrl, {now}, needs.\n"
+        f"the checkpoint was made by {by} and has no {error}, which this pgrl, {now}, needs.\n"
         "Go on with the code that made it, or start a new run: python -m pgrl.train"
     )
 
@@ -182,10 +190,10 @@ def build(config: RunConfig) -> Run:
                 f"algo.norm_obs=true: the observations of {config.env.id} are images, which are divided by 255 instead."
                 "\nUse: algo.norm_obs=false"
             )
+        agent = make_agent(config, env)
     except UserError:
         env.close()
         raise
-    agent = make_agent(config, env)
     set_up(config, agent)
     return Run(agent, env)
 

@@ -19,13 +19,10 @@ from pgrl.capture import Captured, captured_update
 from pgrl.config import RunConfig
 from pgrl.data import Rollout, Transition
 from pgrl.envs import VecEnv
+from pgrl.errors import NonFiniteError
 from pgrl.runs import Run
 from pgrl.signals import Stop
 from pgrl.upkeep import Upkeep
-
-
-class NonFiniteError(ArithmeticError):
-    """Something became NaN or infinite: the run stops before such weights are saved."""
 
 
 @torch.no_grad()

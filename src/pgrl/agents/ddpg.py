@@ -70,7 +70,9 @@ class DDPG(Agent):
         self.noise = NoiseStream(self.draw_noise, NOISE_STEPS, generator(setting.seed, 0, device))
         self.random = generator(setting.seed, 1, device)  # the first actions
         self.draws = generator(setting.seed, 2, device)  # the noise inside updates
-        self.drift = torch.zeros(setting.num_envs, self.net.actions, device=device)  # the state of noise=ou
+        self.drift: Tensor | None = None  # the state of noise=ou
+        if config.noise == "ou":
+            self.drift = torch.zeros(setting.num_envs, self.net.actions, device=device)
         self.updates = torch.zeros((), dtype=torch.int64)
 
         self.lr = torch.tensor([config.critic_lr, config.actor_lr], device=device).unbind()
@@ -92,16 +94,17 @@ class DDPG(Agent):
 
     def next_noise(self, num_envs: int) -> Tensor:
         """Noise for actions in [-1, 1]: normal, or with `noise=ou` an Ornstein-Uhlenbeck process."""
-        noise, config = self.noise.next(num_envs), self.config
-        if config.noise != "ou":
+        noise = self.noise.next(num_envs)
+        if self.drift is None:
             return noise
         if num_envs != len(self.drift):  # other envs than those of training
             self.drift = torch.zeros_like(noise)
-        return self.drift.mul_(1.0 - config.ou_theta).add_(noise)
+        return self.drift.mul_(1.0 - self.config.ou_theta).add_(noise)
 
     def update(self, rollout: Transition, progress: float) -> dict[str, Tensor]:
         self.buffer.add(rollout)
-        self.drift *= (~(rollout.terminated[-1] | rollout.truncated[-1])).unsqueeze(-1)  # a new episode's is 0
+        if self.drift is not None:
+            self.drift *= (~(rollout.terminated[-1] | rollout.truncated[-1])).unsqueeze(-1)  # a new episode's is 0
         due = updates_due(self.config, self.buffer, rollout.reward.numel())
         metrics = means([self.learn(progress) for _ in range(due)]) if due else {}
         if self.obs_norm is not None:

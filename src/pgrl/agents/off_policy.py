@@ -37,7 +37,7 @@ class OffPolicyConfig:
     per_beta: float = 0.4  # exponent of their importance weights, linearly to 1; Schaul et al. 2016, table 3
     norm_obs: bool = False  # observations to mean 0, std 1 by running statistics
     clip_obs: float | None = 10.0  # normalised observations within +-; null: off
-    max_grad_norm: float | None = None  # of each network's gradient, and of the temperature's; null: off
+    max_grad_norm: float | None = None  # of the gradients of policy, critics together and temperature; null: off
     network: OffPolicyNetworkConfig = field(default_factory=OffPolicyNetworkConfig)
 
 
@@ -58,7 +58,7 @@ def make_buffer(config: OffPolicyConfig, setting: Setting) -> ReplayBuffer:
 
 def make_obs_norm(config: OffPolicyConfig, setting: Setting) -> RunningNorm | None:
     """The normaliser of observations where it is switched on."""
-    if not config.norm_obs or setting.obs_space.dtype == "uint8":
+    if not config.norm_obs:
         return None
     return RunningNorm(setting.obs_space.shape, config.clip_obs).to(setting.device)
 
@@ -66,7 +66,7 @@ def make_obs_norm(config: OffPolicyConfig, setting: Setting) -> RunningNorm | No
 def updates_due(config: OffPolicyConfig, buffer: ReplayBuffer, new: int) -> int:
     """Gradient steps after the last `new` transitions: `utd_ratio` for each from `learning_starts` on.
 
-    None while the buffer holds less than a batch, as after a resume without its rows.
+    0 while the buffer holds less than a batch, as after a resume without its rows.
     """
     if len(buffer) < config.batch_size:
         return 0

@@ -217,10 +217,13 @@ def check_actions(space: spaces.Space[Any], config: SACConfig) -> None:
     """UserError unless the policy can be uniform over the actions, a bounded Box or Discrete, and reach its entropy."""
     if isinstance(space, spaces.Box | spaces.Discrete):
         target, largest = config.target_entropy, largest_entropy(space)
-        if config.alpha is None and target is not None and target >= largest:
+        least = 0.0 if isinstance(space, spaces.Discrete) else -math.inf
+        if config.alpha is None and target is not None and not least < target < largest:
+            that = (
+                "a choice has one above 0" if target <= least else f"uniformly random actions have {largest:.3g} nats"
+            )
             raise UserError(
-                f"algo.target_entropy={target:g} is never reached: that of uniformly random actions is {largest:.3g} "
-                f"nats.\nUse: algo.target_entropy={usual(space):.3g}"
+                f"algo.target_entropy={target:g} is never reached: {that}.\nUse: algo.target_entropy={usual(space):.3g}"
             )
     if isinstance(space, spaces.Discrete):
         if config.noise_correlation:

@@ -32,7 +32,7 @@ from pgrl.config.checks import Problem, Wrong, is_run, read_status
 from pgrl.config.compilation import decide_compile
 from pgrl.config.composition import key_of, values_of
 from pgrl.config.schema import EvaluateConfig, RunConfig, config_dir
-from pgrl.errors import UserError
+from pgrl.errors import NonFiniteError, UserError
 from pgrl.signals import Stop
 
 __all__ = [
@@ -115,12 +115,18 @@ def listed(group: str) -> str:
 
 @contextmanager
 def exit_codes() -> Iterator[None]:
-    """Leave with the exit codes of the public contract: 2 after a user's mistake, 128 plus a signal's number."""
+    """Leave with the exit codes of the public contract: 2 after a user's mistake, 128 plus a signal's number.
+
+    A run that diverged is answered without a traceback, which its train.log has; the code is 1.
+    """
     try:
         yield
     except UserError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
+    except NonFiniteError as error:
+        print("\n".join([str(error), *getattr(error, "__notes__", [])]), file=sys.stderr)
+        raise SystemExit(1) from None
     except Stop as stop:
         raise SystemExit(stop.exit_code) from None
     except KeyboardInterrupt:  # before a run's own handling of signals begins
@@ -268,7 +274,7 @@ def sweep(words: list[str], job: Callable[[RunConfig], object]) -> None:
     """Run every combination, in turn or as a Hydra launcher does; all are checked before the first begins."""
     if not any(text.startswith("hydra/sweeper=") for text in words):
         all_words = answer(words, composition.jobs, f"{TRAIN} -m")
-        folders = [answer(one, checked, TRAIN).run_dir for one in all_words]
+        folders = [config.run_dir for config in every_one(all_words)]
         shared = [folder for folder in folders if folder is not None and folders.count(folder) > 1]
         if shared:
             raise UserError(
@@ -287,6 +293,28 @@ def sweep(words: list[str], job: Callable[[RunConfig], object]) -> None:
             hydra.multirun("train", run_one, [*overrides, "hydra.mode=MULTIRUN"])
         except HydraException as error:
             raise UserError(f"the sweep cannot be run: {error}") from error
+
+
+def every_one(jobs: Sequence[list[str]]) -> list[RunConfig]:
+    """The configurations of a sweep; UserError tells what is wrong with the first that is, and a sweep without such."""
+    right: dict[int, RunConfig] = {}
+    first: UserError | None = None
+    for k, words in enumerate(jobs):
+        try:
+            right[k] = answer(words, checked, TRAIN)
+        except UserError as error:
+            first = first or error
+    if first is None:
+        return list(right.values())
+    why, _, remedy = str(first).partition(f"\nTry: {TRAIN} ")
+    if not right or not remedy:
+        raise first
+    kept = []
+    for texts in zip(*(jobs[k] for k in right), strict=True):  # a word of each
+        key, _, value = texts[0].partition("=")
+        values = dict.fromkeys([value, *(text.partition("=")[2] for text in texts)])
+        kept.append(f"{key}={','.join(values)}")
+    raise UserError(f"{why}\nTry: {TRAIN} -m {shlex.join(kept)}")
 
 
 # -------------------------------------------------------------------------------------------------------- run folders

@@ -122,13 +122,14 @@ RULES: dict[str, Rule] = {
         "learning_rate value_learning_rate adaptive_lr_kl adam_eps opt_eps max_grad_norm clip_coef clip_coef_high "
         "vf_clip_coef target_kl kl_coef kl_coef_target clip_obs clip_reward policy_gain value_gain max_kl "
         "step_size utd_ratio actor_lr critic_lr advantage_lr value_lr alpha alpha_init alpha_lr noise_std target_noise "
-        "target_noise_clip per_alpha".split(),
+        "target_noise_clip".split(),
         POSITIVE,
     ),
     **dict.fromkeys(("gamma", "gae_lambda", "per_beta", "ou_theta"), SHARE),
-    "tau": Rule(lambda x: 0 < x <= 1, "must be above 0, and at most 1"),
+    **dict.fromkeys(
+        ("tau", "per_alpha", "fisher_fraction"), Rule(lambda x: 0 < x <= 1, "must be above 0, and at most 1")
+    ),
     **dict.fromkeys(("damping", "cg_tolerance", "accept_ratio"), Rule(lambda x: x >= 0, "must not be negative")),
-    "fisher_fraction": Rule(lambda x: 0 < x <= 1, "must be above 0, and at most 1"),
     "backtrack_factor": Rule(lambda x: 0 < x < 1, "must be above 0 and below 1"),
     **dict.fromkeys(("rms_prop_alpha", "noise_correlation"), Rule(lambda x: 0 <= x < 1, "must be in [0, 1)")),
     "vf_coef": Rule(lambda x: x >= 0, "must not be negative"),
@@ -217,7 +218,7 @@ def wrong_together(config: RunConfig) -> Iterator[Problem]:
     if algo.get("baseline") in OVER_ENVS and config.num_envs == 1:
         why = f"leaves algo.baseline={algo['baseline']}, which averages over the other envs, none of them"
         yield Problem("num_envs", 1, why, ("num_envs=4",))
-    if config.compile is True and "advantage_lr" in algo:
+    if config.compile is True and schema.algo_name(config.algo) == "dpg":
         yield Problem("compile", True, "algo=dpg has no loss whose step could be compiled", ("compile=false",))
     network = algo.get("network")
     if getattr(network, "shared", False) and network.value_hidden_sizes is not None:
@@ -246,12 +247,12 @@ def wrong_replay(config: RunConfig) -> Iterator[Problem]:
         return
     rollout = algo["num_steps"] * config.num_envs
     steps = config.total_timesteps // rollout * rollout
-    starts, ratio = algo["learning_starts"], algo["utd_ratio"]
+    starts, ratio, delay = algo["learning_starts"], algo["utd_ratio"], algo["policy_delay"]
     held = algo["buffer_size"] // config.num_envs * config.num_envs  # whole steps of all envs are kept
     for what, least in (
+        (f"one rollout of num_steps * num_envs = {rollout}", rollout),
         (f"one batch, algo.batch_size={algo['batch_size']}", algo["batch_size"]),
         (f"algo.learning_starts={starts} transitions", starts),
-        (f"one rollout of num_steps * num_envs = {rollout}", rollout),
         (f"algo.n_step={algo['n_step']} steps of {config.num_envs} envs", algo["n_step"] * config.num_envs),
     ):
         if held < least:
@@ -262,9 +263,11 @@ def wrong_replay(config: RunConfig) -> Iterator[Problem]:
     if starts < algo["batch_size"]:
         why = f"is less than one batch, algo.batch_size={algo['batch_size']}, which would repeat its transitions"
         yield Problem("algo.learning_starts", starts, why, (f"algo.learning_starts={algo['batch_size']}",))
-    elif (steps - starts) * ratio < 1:
+    elif (steps - starts) * ratio < delay:
         why = f"leaves no gradient step after algo.learning_starts={starts}, with algo.utd_ratio={ratio:g} for a step"
-        enough = starts + 10 * max(rollout, math.ceil(1 / ratio))
+        if delay > 1:
+            why = why.replace("gradient step", "step of the policy") + f" and algo.policy_delay={delay}"
+        enough = starts + 10 * max(rollout, math.ceil(delay / ratio))
         yield Problem("total_timesteps", config.total_timesteps, why, (f"total_timesteps={enough}",))
     if algo.get("noise") == "ou" and algo["num_steps"] > 1:
         why = "goes with algo.num_steps=1: it begins anew with each episode, whose end is seen after a rollout"
@@ -333,7 +336,7 @@ def wrong_env(env_id: str, backend: str) -> Iterator[Problem]:
     try:
         missing = env_ids.missing_package(env_id)
     except (gymnasium.error.Error, ImportError, ValueError) as error:
-        why, near = "there is no such environment", env_ids.near_ids(env_id)
+        why, near = "there is no such environment", env_ids.near_registered(env_id)
         if isinstance(error, ImportError):
             why = f"its package cannot be imported: {error}"
         elif near:

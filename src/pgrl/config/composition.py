@@ -38,7 +38,7 @@ TYPES = {
     "bool": "true or false",
     "str": "a text",
     "list[int]": "a list such as [64,64]",
-    "dict[str, Any]": "a mapping such as {gravity:9.8}",
+    "dict[str, Any]": "a mapping such as {g:5}",
 }
 
 
@@ -201,22 +201,34 @@ def explain(error: Exception, given: dict[str, str], keys: dict[str, schema.Key]
     if isinstance(error, Wrong):
         return error
     algo = given.get("algo", "")
+    own = schema.keys(RunConfig, ALGOS.get(algo))
     if keys is None:
-        keys = {k: v for cls in [*ALGOS.values(), ALGOS.get(algo)] for k, v in schema.keys(RunConfig, cls).items()}
+        keys = {k: v for cls in ALGOS.values() for k, v in schema.keys(RunConfig, cls).items()} | own
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         missing, options = str(error.missing_cfg_file), list(error.options or [])
         group = next((key for key in given if missing.startswith(f"{key}/")), missing.partition("/")[0])
         name = missing.removeprefix(f"{group}/")
-        near = difflib.get_close_matches(name, options, n=1, cutoff=0.0) if name else options[:1]
-        return Wrong(Problem(group, name, f"must be {' or '.join(options)}", tuple(f"{group}={n}" for n in near)))
+        # a run can do without an experiment, but not without an algorithm
+        cutoff = 0.6 if group == "experiment" else 0.0
+        near = difflib.get_close_matches(name.lower(), options, n=1, cutoff=cutoff) if name else options[:1]
+        use = tuple(f"{group}={n}" for n in near)
+        if group == "algo" and (config_dir() / f"experiment/{name.lower()}.yaml").is_file():
+            use = (f"experiment={name.lower()}",)
+        return Wrong(Problem(group, name, f"must be {' or '.join(options)}", use))
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
     if not isinstance(cause, OmegaConfBaseException) or not cause.full_key:
         text = " ".join(str(error).split())
         in_yaml = re.search(r"full_key: (algo\.\S+)", text)
+        if in_yaml and "algo" in given and "network" in given and f"'network/{given['network']}'" in text:
+            why = f"sets {in_yaml[1]}, which algo={algo} does not have"
+            body = (f"algo.network.body={given['network']}",) if "algo.network.body" in own else ()
+            return Wrong(Problem("network", given["network"], why, body))
         if in_yaml and "algo" in given and "experiment" in given:
             why = f"does not have {in_yaml[1]}, which experiment={given['experiment']} sets"
             return Wrong(Problem("algo", algo, why))
-        key = next((key for key in given if key and key in text), "command")
+        key = next(
+            (key for key in given if key and re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.])", text)), "command"
+        )
         return Wrong(Problem(key, given.get(key), "there is no such key" if "force-add" in text else text))
     full = re.sub(r"\[\d+\]", "", str(cause.full_key))
     key = full if full in given else next((k for k in given if full.startswith(f"{k}.")), full)
@@ -237,7 +249,12 @@ def misspelt(key: str, given: dict[str, str], keys: dict[str, schema.Key]) -> Pr
     """An unknown key, with the known ones that come nearest."""
     last = {known.rpartition(".")[2]: known for known in [*GROUPS, *reversed(keys)]}
     near = [last[name] for name in difflib.get_close_matches(key.rpartition(".")[2], last, n=3, cutoff=0.7)]
-    owners = [f"algo={name}" for name, cls in ALGOS.items() if key in schema.keys(RunConfig, cls) and key not in keys]
+    own = (
+        name
+        for name, cls in ALGOS.items()
+        if key.startswith("algo.") and key not in keys and key in schema.keys(RunConfig, cls)
+    )
+    owners = [f"algo={name}" for name in own]
     why = f"there is no such key{f', but for {owners[0]}' if owners else ''}"
     why += f"; did you mean {' or '.join(near)}" if near else ""
     source = key if key in given else next((k for k in given if key.startswith(f"{k}.")), key)

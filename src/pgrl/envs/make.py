@@ -12,7 +12,7 @@ from gymnasium.envs.registration import load_env_creator
 from gymnasium.error import DependencyNotInstalled
 from gymnasium.wrappers import OrderEnforcing, TimeLimit
 
-from pgrl.env_ids import PACKAGES, find, near_ids
+from pgrl.env_ids import PACKAGES, find, near_registered
 from pgrl.envs.base import EnvConfig
 from pgrl.errors import UserError
 
@@ -37,10 +37,13 @@ def make(config: EnvConfig, num_envs: int) -> list[Env]:
             raise missing_package(config.id, error) from error
         except (gymnasium.error.Error, ImportError) as error:
             raise unknown_env(config.id, error) from error
-        except TypeError as error:
-            if "argument" not in str(error):
+        except Exception as error:  # of the env's own code
+            if isinstance(error, TypeError) and "argument" in str(error):
+                raise wrong_kwargs(config, error) from error
+            if not config.kwargs:
                 raise
-            raise wrong_kwargs(config, error) from error
+            text = " ".join(str(error).split())
+            raise UserError(f"env.kwargs={config.kwargs}: {config.id} says {type(error).__name__}: {text}") from error
 
 
 def refuse_limit(config: EnvConfig) -> None:
@@ -54,9 +57,14 @@ def refuse_limit(config: EnvConfig) -> None:
 
 def missing_package(env_id: str, error: Exception) -> UserError:
     """What to install for an env whose package is missing."""
-    text = str(error).splitlines()[0]
+    text, missing = str(error).splitlines()[0], getattr(error, "name", None) or ""
+    if missing and f"{env_id.rpartition(':')[0]}.".startswith(f"{missing}."):
+        return UserError(
+            f"env={env_id}: its package cannot be imported: {text}\n"
+            f"Run this in the folder that holds {missing}, set PYTHONPATH to that folder, or install what has {missing}"
+        )
     known = [package for module, package in PACKAGES.values() if module.lower() in text.lower()]
-    module = (getattr(error, "name", None) or env_id.partition(":")[0]).partition(".")[0]
+    module = (missing or env_id.partition(":")[0]).partition(".")[0]
     return UserError(
         f"env={env_id}: a package it needs is not installed: {text}\nRun: pip install {known[0] if known else module}"
     )
@@ -64,23 +72,15 @@ def missing_package(env_id: str, error: Exception) -> UserError:
 
 def unknown_env(env_id: str, error: Exception) -> UserError:
     """Which registered ids come near one that Gymnasium does not know, or no longer has."""
-    package, colon, name = env_id.rpartition(":")
-    near = [known for known in near_ids(name) if known != name]
-    hint = " or ".join(f"env={known if is_builtin(known) else package + colon + known}" for known in near)
+    near = " or ".join(f"env={known}" for known in near_registered(env_id))
     text = str(error).partition(" Did you mean")[0].splitlines()[0]
-    hint = f"\nDid you mean {hint}?" if near else ""
+    hint = f"\nDid you mean {near}?" if near else ""
     return UserError(f"env={env_id}: {text}{hint}\nAll ids: python -m pgrl.train --envs")
-
-
-def is_builtin(env_id: str) -> bool:
-    """Whether a registered env is Gymnasium's or pgrl's own, so that it needs no package before its id."""
-    entry = gymnasium.registry[env_id].entry_point
-    return (entry if isinstance(entry, str) else getattr(entry, "__module__", "")).startswith(("gymnasium.", "pgrl."))
 
 
 def wrong_kwargs(config: EnvConfig, error: TypeError) -> UserError:
     """Which arguments an env takes that was given others."""
-    creator: Any = gymnasium.spec(config.id).entry_point
+    creator: Any = find(config.id).entry_point
     creator = load_env_creator(creator) if isinstance(creator, str) else creator
     takes = [name for name, p in inspect.signature(creator).parameters.items() if p.kind is not p.VAR_KEYWORD]
     return UserError(
