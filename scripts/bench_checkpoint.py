@@ -7,8 +7,8 @@ Prints medians over 20 iterations, and the share of time that the defaults (a sn
 checkpoint every `save_every` env steps) take.
 """
 
+import argparse
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -58,5 +58,8 @@ def measure(overrides: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    for case in [sys.argv[1:]] if len(sys.argv) > 1 else CASES:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", metavar="key=value", help="of pgrl.train, for another run than the two")
+    words = parser.parse_args().words
+    for case in [words] if words else CASES:
         print(measure(list(case)), flush=True)

@@ -1,6 +1,6 @@
-"""How the cost of PPO grows: with the number of envs, the width of the networks, and the length of a rollout.
+"""How the cost of PPO grows: with the envs, the width of the networks, the length of a rollout, and env processes.
 
-    python scripts/bench_growth.py                  all three, into results/growth.json; table and picture
+    python scripts/bench_growth.py                  all of it, into results/growth.json; table and picture
     python scripts/bench_growth.py --report         table and picture from results/growth.json
 
 HalfCheetah-v4, one epoch of minibatches of 512, eager, threads as pgrl chooses them. Every point is a training of its
@@ -22,16 +22,17 @@ from typing import Any
 import bench_peers
 
 ROOT = Path(__file__).resolve().parent.parent
-SWEEPS = {  # the values on the axis, and the sizes (envs, steps of a rollout, width) that one gives
-    "envs": ([1, 2, 4, 8, 16, 32, 64, 128, 256, 512], lambda x: (x, 1024 // min(x, 8), 64)),
-    "width": ([64, 128, 256, 512, 1024], lambda x: (8, 128, x)),
-    "steps of a rollout": ([128, 256, 512, 1024, 2048, 4096, 8192], lambda x: (8, x, 64)),
+SWEEPS = {  # the values on the axis, and the sizes (envs, steps of a rollout, width, processes) that one gives
+    "envs": ([1, 2, 4, 8, 16, 32, 64, 128, 256, 512], lambda x: (x, 1024 // min(x, 8), 64, 1)),
+    "width": ([64, 128, 256, 512, 1024], lambda x: (8, 128, x, 1)),
+    "steps of a rollout": ([128, 256, 512, 1024, 2048, 4096, 8192], lambda x: (8, x, 64, 1)),
+    "env.processes": ([1, 2, 4, 8], lambda x: (8, 256, 64, x)),  # as far as there are cores
 }
 WORDS = """algo=ppo env=HalfCheetah-v4 tuned=null algo.update_epochs=1 compile=false eval_every=null save_every=null
 tensorboard=false"""
 
 
-def measure(num_envs: int, num_steps: int, width: int) -> dict[str, float]:
+def measure(num_envs: int, num_steps: int, width: int, processes: int) -> dict[str, float]:
     """Microseconds of an env step in collecting and in the update, steps/s, MB at the peak, and random steps/s."""
     import torch
 
@@ -45,6 +46,7 @@ def measure(num_envs: int, num_steps: int, width: int) -> dict[str, float]:
     iterations = 1 + max(3, 8192 // rollout)
     words = f"{WORDS} num_envs={num_envs} algo.num_steps={num_steps} algo.num_minibatches={rollout // 512}"
     words += f" algo.network.hidden_sizes=[{width},{width}] total_timesteps={iterations * rollout}"
+    words += f" env.processes={processes}"
     config = compose(words.split())
     agent = AGENTS[type(config.algo)]
     spent: dict[str, list[float]] = {"collect": [], "update": []}
@@ -121,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--report", action="store_true", help="only make the table and the picture")
     parser.add_argument("--results", type=Path, default=ROOT / "results", help="where growth.json goes")
     parser.add_argument("--pictures", type=Path, default=ROOT / "docs/pictures", help="where growth.png goes")
-    parser.add_argument("--child", nargs=3, type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=4, type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.child:
         print(json.dumps(measure(*options.child)))
@@ -132,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         results: dict[str, list[dict[str, float]]] = {}
         for name, (values, sizes) in SWEEPS.items():
-            for value in values:
+            for value in values if name != "env.processes" else [n for n in values if n <= cores()]:
                 command = [__file__, "--child", *map(str, sizes(value))]
                 results.setdefault(name, []).append(bench_peers.fresh_process(command, cores()))
                 print(f"{name} {value}: {results[name][-1]['sps']:,.0f} steps/s", file=sys.stderr, flush=True)

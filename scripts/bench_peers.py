@@ -8,8 +8,9 @@
 Equal work: the same env, number of envs, rollout, epochs, minibatches, nets, optimiser, learning rate and
 clipping; no normalisation of observations or rewards, no learning-rate decay, no TensorBoard (the workloads
 of measure_tianshou.py and measure_torchrl.py are those libraries' own examples, with what these have on both
-sides). Each side has the number of threads with which it is faster, one or all cores, as a measurement of each
-tells beforehand.
+sides). Each side has the setup with which it is faster, as a measurement of each tells beforehand: one thread, a thread
+for each core, or, where there are several envs, one thread and processes that step them (pgrl's `env.processes`, a core
+each; Stable-Baselines3's SubprocVecEnv, an env each). Beside Tianshou, TorchRL and random actions it is one process.
 Every measurement is a fresh process. Both sides are stamped in the same place, at the return of each
 update, with wall and CPU time; the first two iterations are dropped. Env steps and gradient steps are
 counted on both sides and must be equal. The order is A B B A; the result is the median over pairs of the
@@ -45,11 +46,21 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, SupportsInt
+from typing import Any, NamedTuple, SupportsInt
 
 ROOT = Path(__file__).resolve().parent.parent
 DROPPED = 2  # iterations before the measurement starts
 SIDES = ("pgrl", "peer")
+
+
+class Setup(NamedTuple):
+    """What a side may use: torch's threads, and the processes that step its envs."""
+
+    threads: int
+    processes: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.threads}" + (f" x {self.processes}" if self.processes > 1 else "")
 
 
 @dataclass(frozen=True)
@@ -76,6 +87,11 @@ class Workload:
     def library(self) -> str:
         """The peer's package."""
         return self.peer.partition(":")[0].partition(".")[0]
+
+    @property
+    def shared_out(self) -> bool:
+        """Whether several processes may step the envs."""
+        return self.num_envs > 1 and self.library in ("stable_baselines3", "sb3_contrib", "sbx")
 
     @property
     def total_timesteps(self) -> int:
@@ -301,10 +317,12 @@ class Stamps:
 
     def __init__(self, dropped: int = DROPPED) -> None:
         self.began, self.dropped = time.perf_counter(), dropped
+        self.others: Sequence[int] = ()  # the processes that step envs, by their numbers
         self.rows: list[tuple[int, SupportsInt, float, float]] = []
 
     def add(self, env_steps: int, gradient_steps: SupportsInt) -> None:
-        self.rows.append((env_steps, gradient_steps, time.perf_counter(), time.process_time()))
+        cpu = time.process_time() + sum(map(cpu_seconds, self.others))
+        self.rows.append((env_steps, gradient_steps, time.perf_counter(), cpu))
 
     def result(self, reached: float) -> dict[str, float]:
         """The counts of the whole run, and the speed from the last dropped iteration to the end."""
@@ -321,6 +339,12 @@ class Stamps:
         }
 
 
+def cpu_seconds(process: int) -> float:
+    """What another process has had of the processor."""
+    used = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return sum(map(int, used)) / os.sysconf("SC_CLK_TCK")
+
+
 def peak_memory_mb() -> float:
     """The most memory this process has held, MB; ru_maxrss would also count its parent's at the fork."""
     try:
@@ -331,17 +355,26 @@ def peak_memory_mb() -> float:
         return peak / 1024**2 if sys.platform == "darwin" else peak / 1024
 
 
-def measure_pgrl(workload: Workload, seed: int, threads: int, folder: Path) -> dict[str, float]:
+def measure_pgrl(workload: Workload, seed: int, setup: Setup, folder: Path) -> dict[str, float]:
     """Train with pgrl; the stamps are taken around `update` of whichever agent runs."""
     import pgrl
     from pgrl.agents import Agent
+    from pgrl.envs import processes
     from pgrl.logger import read_rows
 
     stamps = Stamps(workload.dropped)
+    began = processes.Worker.__init__
+
+    def begin(worker: Any, *arguments: Any) -> None:
+        began(worker, *arguments)
+        stamps.others = [*stamps.others, worker._process.pid]
+
+    processes.Worker.__init__ = begin  # type: ignore[method-assign]
     for agent in Agent.__subclasses__():
         agent.update = stamped(agent.update, stamps)  # type: ignore[method-assign]
     size = f"env={workload.env} num_envs={workload.num_envs} total_timesteps={workload.total_timesteps}"
-    run = f"seed={seed} threads={threads} device=cpu run_dir={folder / 'run'}"
+    run = f"seed={seed} threads={setup.threads} device=cpu run_dir={folder / 'run'}"
+    run += f" env.processes={setup.processes}"
     quiet = "eval_every=null save_every=null tensorboard=false"
     run_dir = pgrl.run(f"{size} {run} {quiet} {workload.pgrl}".split())
     returns = [row["charts/episodic_return_100"] for row in read_rows(run_dir) if "charts/episodic_return_100" in row]
@@ -363,14 +396,15 @@ def stamped(update: Callable[..., Any], stamps: Stamps) -> Callable[..., Any]:
     return wrapper
 
 
-def measure_peer(workload: Workload, seed: int, threads: int, folder: Path) -> dict[str, float]:
+def measure_peer(workload: Workload, seed: int, setup: Setup, folder: Path) -> dict[str, float]:
     """Train with the peer; the stamps are taken around `train`, its update."""
     import torch
     from stable_baselines3.common.env_util import make_vec_env
+    from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     del folder  # it writes nothing
-    torch.set_num_threads(threads)
+    torch.set_num_threads(setup.threads)
     gradient_steps = 0
 
     def count(*_: object) -> None:
@@ -388,7 +422,9 @@ def measure_peer(workload: Workload, seed: int, threads: int, folder: Path) -> d
         taken += workload.policy_steps * (len(stamps.rows) + 1)
         stamps.add(model.num_timesteps, taken)
 
-    env = make_vec_env(workload.env, n_envs=workload.num_envs, seed=seed)
+    kind = SubprocVecEnv if setup.processes > 1 else DummyVecEnv
+    env = make_vec_env(workload.env, n_envs=workload.num_envs, seed=seed, vec_env_cls=kind)
+    stamps.others = [process.pid for process in getattr(env, "processes", [])]
     settings = dict(workload.settings)
     if "action_noise" in settings:  # its standard deviation; the object is the peer's
         import numpy as np
@@ -399,11 +435,12 @@ def measure_peer(workload: Workload, seed: int, threads: int, folder: Path) -> d
     stamped_algorithm = type(name, (algorithm,), {"train": train})
     model = stamped_algorithm("MlpPolicy", env, seed=seed, device="cpu", **settings)
     model.learn(workload.total_timesteps)
+    env.close()
     returns = [episode["r"] for episode in model.ep_info_buffer]
     return stamps.result(sum(returns) / max(len(returns), 1))
 
 
-def measure_random(workload: Workload, seed: int, threads: int, folder: Path) -> dict[str, float]:
+def measure_random(workload: Workload, seed: int, setup: Setup, folder: Path) -> dict[str, float]:
     """Step the envs of pgrl's side with random actions, a rollout of which is drawn at a time."""
     import torch
 
@@ -411,7 +448,7 @@ def measure_random(workload: Workload, seed: int, threads: int, folder: Path) ->
     from pgrl.envs import make_vec
 
     del folder  # it writes nothing
-    torch.set_num_threads(threads)
+    torch.set_num_threads(setup.threads)
     env = make_vec(compose([f"env={workload.env}"]).env, workload.num_envs, seed)
     low, high = (torch.from_numpy(bound) for bound in (env.action_space.low, env.action_space.high))  # type: ignore[attr-defined]
     stamps, returns = Stamps(workload.dropped), deque[float](maxlen=100)
@@ -425,10 +462,10 @@ def measure_random(workload: Workload, seed: int, threads: int, folder: Path) ->
     return stamps.result(sum(returns) / max(len(returns), 1))
 
 
-def measure_other(workload: Workload, seed: int, threads: int, folder: Path) -> dict[str, float]:
+def measure_other(workload: Workload, seed: int, setup: Setup, folder: Path) -> dict[str, float]:
     """Train with Tianshou or TorchRL, by a module of their own: their interpreter need not have what others import."""
     del folder  # they write nothing
-    measured: dict[str, float] = import_module(f"measure_{workload.library}").measure(workload, seed, threads)
+    measured: dict[str, float] = import_module(f"measure_{workload.library}").measure(workload, seed, setup.threads)
     return measured
 
 
@@ -457,12 +494,12 @@ def first_step(workload: Workload, started: float, folder: Path) -> None:
 # ------------------------------------------------------------------------------------------------- the parent
 
 
-def child(side: str, workload: Workload, seed: int, threads: int, python: str = sys.executable) -> dict[str, float]:
+def child(side: str, workload: Workload, seed: int, setup: Setup, python: str = sys.executable) -> dict[str, float]:
     """One measurement in a fresh process; `python` is the peer's interpreter."""
     with tempfile.TemporaryDirectory() as folder:
-        options = (side, workload.name, workload.iterations, seed, threads, folder, time.time())
+        options = (side, workload.name, workload.iterations, seed, *setup, folder, time.time())
         interpreter = python if side == "peer" else sys.executable
-        return fresh_process([__file__, "--child", *map(str, options)], threads, python=interpreter)
+        return fresh_process([__file__, "--child", *map(str, options)], setup.threads, python=interpreter)
 
 
 def fresh_process(
@@ -482,17 +519,20 @@ def fresh_process(
     return result
 
 
-def child_main(side: str, name: str, iterations: str, seed: str, threads: str, folder: str, at: str) -> None:
+def child_main(
+    side: str, name: str, iterations: str, seed: str, threads: str, processes: str, folder: str, at: str
+) -> None:
     """What `child` runs: the measurement, printed as one line of JSON."""
     workload = replace(find(name), iterations=int(iterations))
     workload = replace(workload, dropped=min(workload.dropped, workload.iterations // 2))
     if side == "start":
         first_step(workload, float(at), Path(folder))
         return
+    setup = Setup(int(threads), int(processes))
     if hasattr(os, "sched_setaffinity"):  # the only way to tell JAX, and the same for all
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-int(threads) :])
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-max(setup) :])
     measure = measure_pgrl if side == "pgrl" else MEASURES.get(workload.library, measure_peer)
-    print(json.dumps(measure(workload, int(seed), int(threads), Path(folder))))
+    print(json.dumps(measure(workload, int(seed), setup, Path(folder))))
 
 
 def order(pairs: int) -> list[tuple[str, str]]:
@@ -500,20 +540,25 @@ def order(pairs: int) -> list[tuple[str, str]]:
     return [SIDES if pair % 2 == 0 else (SIDES[1], SIDES[0]) for pair in range(pairs)]
 
 
-def better_threads(workload: Workload, side: str, python: str = sys.executable) -> int:
-    """One thread or all cores, whichever this side is faster with."""
+def better_setup(workload: Workload, side: str, threads: int | None, python: str = sys.executable) -> Setup:
+    """That with which this side is faster; `threads`, where it is given, is the number for one process."""
     from pgrl.processor import cores
 
-    return max({1, cores()}, key=lambda threads: child(side, workload, 0, threads, python)["sps"])
+    setups = [Setup(n) for n in ([threads] if threads else sorted({1, cores()}))]
+    if workload.shared_out:
+        setups.append(Setup(1, min(cores(), workload.num_envs) if side == "pgrl" else workload.num_envs))
+    if len(setups) == 1:
+        return setups[0]
+    return max(setups, key=lambda setup: child(side, workload, 0, setup, python)["sps"])
 
 
 def compare(
-    workload: Workload, pairs: int, threads: Mapping[str, int], python: str = sys.executable
+    workload: Workload, pairs: int, setups: Mapping[str, Setup], python: str = sys.executable
 ) -> list[dict[str, dict[str, float]]]:
-    """Measure the pairs, each side with its number of threads, and refuse a comparison of unequal work."""
+    """Measure the pairs, each side with its setup, and refuse a comparison of unequal work."""
     results = []
     for seed, sides in enumerate(order(pairs), start=1):
-        pair = {side: child(side, workload, seed, threads[side], python) for side in sides}
+        pair = {side: child(side, workload, seed, setups[side], python) for side in sides}
         for count in ("iterations", "env_steps", *(["gradient_steps"] if workload.learns else [])):
             one, other = pair["pgrl"][count], pair["peer"][count]
             if one != other:
@@ -539,8 +584,8 @@ def summary(pairs: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, Any
     return {"ratio": median(ratios), "interval": bootstrap_interval(ratios, median), **sides}
 
 
-HEADER = """| workload | peer | steps/s, pgrl / peer | ratio [95 % interval] | aim | threads | steps per CPU-second \
-| return | peak MB | env steps | gradient steps | machine |
+HEADER = """| workload | peer | steps/s, pgrl / peer | ratio [95 % interval] | aim | threads x processes \
+| steps per CPU-second | return | peak MB | env steps | gradient steps | machine |
 |---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|:-:|
 """
 
@@ -562,7 +607,7 @@ def table(results: Mapping[str, Any]) -> str:
         lines.append(
             f"| {workload.name} | {workload.peer.replace(':', '.')} | {both['sps']} "
             f"| **{one['ratio']:.2f}** [{low:.2f}, {high:.2f}] | {aim} "
-            f"| {measured['threads']['pgrl']} / {measured['threads']['peer']} "
+            f"| {' / '.join(str(Setup(*measured['setups'][side])) for side in SIDES)} "
             f"| {both['steps_per_cpu_second']} | {both['return']} | {both['memory_mb']} "
             f"| {one['pgrl']['env_steps']:,.0f} | {one['pgrl']['gradient_steps']:,.0f} "
             f"| {letter} |\n"
@@ -687,7 +732,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workloads", nargs="*", help="names; all of them if none is given")
     parser.add_argument("--pairs", type=int, default=5, help="measurements of each side (default 5)")
-    parser.add_argument("--threads", type=int, help="threads of each side (default: with which it is faster)")
+    parser.add_argument("--threads", type=int, help="threads of each side in one process (default: the faster number)")
     parser.add_argument("--iterations", type=int, help="rollouts of a measurement, for a quick look")
     parser.add_argument("--starts", type=int, default=5, help="measurements of the start (default 5)")
     parser.add_argument("--report", action="store_true", help="only make the table and the picture")
@@ -698,7 +743,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=sys.executable,
         help="the interpreter of the other side, for a peer with an environment of its own",
     )
-    parser.add_argument("--child", nargs=7, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=8, help=argparse.SUPPRESS)
     parser.add_argument("--versions", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.child:
@@ -724,14 +769,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     f"{workload.name} needs {workload.peer}, which {python} has not: pip install {package}, if need be "
                     "in an environment of its own, and --python with its path; --help has the commands"
                 )
-        results["starts"] = [child("start", WORKLOADS[0], 0, 1)["seconds"] for _ in range(options.starts)]
+        results["starts"] = [child("start", WORKLOADS[0], 0, Setup(1))["seconds"] for _ in range(options.starts)]
         print("seconds to the first env step:", *(f"{start:.1f}" for start in results["starts"]), flush=True)
         for workload in workloads:
             sized = replace(workload, iterations=options.iterations or workload.iterations)
             interpreter = sys.executable if workload.library == "pgrl" else python
-            threads = {side: options.threads or better_threads(sized, side, interpreter) for side in SIDES}
-            pairs = compare(sized, options.pairs, threads, interpreter)
-            results["workloads"][workload.name] = {"pairs": pairs, "threads": threads, "machine": machine(interpreter)}
+            setups = {side: better_setup(sized, side, options.threads, interpreter) for side in SIDES}
+            pairs = compare(sized, options.pairs, setups, interpreter)
+            results["workloads"][workload.name] = {"pairs": pairs, "setups": setups, "machine": machine(interpreter)}
             path.write_text(json.dumps(results, indent=1) + "\n")
     text = table(results)
     (options.results / "peers.md").write_text(text)

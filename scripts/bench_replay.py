@@ -6,8 +6,8 @@
 Each figure is the median of 2,000 calls, with the 5th and the 95th percentile.
 """
 
+import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
 
@@ -70,9 +70,12 @@ def measure(capacity: int, batch_size: int, num_envs: int, n_step: int, prioriti
 
 
 if __name__ == "__main__":
-    given = [int(word) for word in sys.argv[1:]]
-    capacity, batch_size, num_envs = [*given, *(1_000_000, 256, 1)[len(given) :]]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("capacity", nargs="?", type=int, default=1_000_000, help="transitions")
+    parser.add_argument("batch_size", nargs="?", type=int, default=256)
+    parser.add_argument("num_envs", nargs="?", type=int, default=1)
+    given = parser.parse_args()
     torch.set_num_threads(1)
     for n_step in (1, 3):
         for prioritised in (None, Priority(0.6)):
-            print("\n".join(measure(capacity, batch_size, num_envs, n_step, prioritised)), flush=True)
+            print("\n".join(measure(given.capacity, given.batch_size, given.num_envs, n_step, prioritised)), flush=True)

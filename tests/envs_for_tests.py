@@ -157,3 +157,7 @@ gymnasium.register("Drifting-v0", Drifting)
 gymnasium.register("Fragile-v0", Fragile)
 gymnasium.register("NaNReward-v0", NaNReward)
 gymnasium.register("NoPackage-v0", "a_package_that_nobody_has.envs:Env")
+
+NAMES = [
+    name for name, spec in gymnasium.registry.items() if str(getattr(spec.entry_point, "__module__", "")) == __name__
+]

@@ -28,7 +28,7 @@ LAYERS = (
     ("acting", "replay"),
     ("q_networks", "replay_rows"),
     ("replay_layout",),
-    ("networks", "normalisers", "data", "optim"),
+    ("networks", "normalisers", "data", "optim", "processes"),
     (
         "compiling",
         "flat",

@@ -95,6 +95,11 @@ WRONG = [
     ("algo=a3c algo.num_workers=0", "algo.num_workers=0", "at least 1"),
     ("algo=a3c total_timesteps=4", "total_timesteps=4", "less than one rollout"),
     ("algo=a3c algo.optimizer=adam", "algo.optimizer=adam", "but for algo=a2c"),
+    # envs in processes
+    ("env.processes=0", "env.processes=0", "at least 1"),
+    ("num_envs=4 env.processes=8", "env.processes=8", "more than there are envs"),
+    ("env.backend=torch env.processes=2", "env.processes=2", "for Gymnasium's envs"),
+    ("algo=a3c env.processes=2", "env.processes=2", "whose workers are processes"),
     # CUDA graphs
     ("env=CartPole-v1 env.backend=torch capture=true", "capture=True", "need device=cuda"),
     ("env=CartPole-v1 capture=maybe", "capture=maybe", "rollout or update"),

@@ -30,19 +30,25 @@ from pgrl.errors import UserError
 SEED = 7
 
 
-@pytest.fixture(params=[name for name in BACKENDS if name == "gymnasium"])  # those that step any Gymnasium env
+PROCESSES = "gymnasium, in processes"  # which is no backend by its name, but keeps the same contract
+
+
+@pytest.fixture(params=["gymnasium", PROCESSES])  # those that step any Gymnasium env
 def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(params=[name for name in BACKENDS if name != "envpool"])  # that one is another package, and not exact
+@pytest.fixture(params=["gymnasium", PROCESSES, "torch"])  # EnvPool is another package, and not exact
 def classic_backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
 def vec(name: str, num_envs: int = 2, seed: int = SEED, *, backend: str = "gymnasium", **options: Any) -> VecEnv:
-    config = EnvConfig(name, backend, max_episode_steps=options.pop("max_episode_steps", None), kwargs=options)
-    return make_vec(config, num_envs, seed)
+    limit = options.pop("max_episode_steps", None)
+    if backend != PROCESSES:
+        return make_vec(EnvConfig(name, backend, max_episode_steps=limit, kwargs=options), num_envs, seed)
+    name = f"tests.envs_for_tests:{name}" if name in envs_for_tests.NAMES else name
+    return make_vec(EnvConfig(name, "gymnasium", 3, limit, options), num_envs, seed)
 
 
 def random_actions(env: VecEnv, steps: int, seed: int = 0) -> Tensor:
@@ -497,14 +503,14 @@ def test_a_state_of_another_number_of_envs_is_refused(classic_backend: str) -> N
 
 
 @pytest.mark.parametrize("where", ["obs", "reward", "end"])
-def test_an_env_with_hidden_state_is_reported_once_and_cut(backend: str, where: str) -> None:
+def test_an_env_with_hidden_state_is_reported_once_and_cut(where: str) -> None:
     envs_for_tests.Drifting.steps = 0
-    env = vec("Drifting-v0", 3, backend=backend, where=where)
+    env = vec("Drifting-v0", 3, where=where)
     env.reset()
     actions = random_actions(env, 50)
     for action in actions[:9]:  # 27 steps: the replay reaches the 30th
         env.step(action)
-    other = vec("Drifting-v0", 3, backend=backend, where=where)
+    other = vec("Drifting-v0", 3, where=where)
     with pytest.warns(UserWarning) as caught:
         other.load_state_dict(env.state_dict())
     assert len(caught) == 1
@@ -521,8 +527,8 @@ def test_an_env_with_hidden_state_is_reported_once_and_cut(backend: str, where: 
         other.step(action)
 
 
-def test_the_history_of_actions_stays_bounded(backend: str) -> None:
-    env = vec("Counter-v0", backend=backend, max_episode_steps=500)
+def test_the_history_of_actions_stays_bounded() -> None:
+    env = vec("Counter-v0", max_episode_steps=500)
     env.reset()
     history = env._history  # type: ignore[attr-defined]
     room, most = len(history._rows), 0
@@ -533,8 +539,8 @@ def test_the_history_of_actions_stays_bounded(backend: str) -> None:
     assert [len(a) for a in env.state_dict()["actions"]] == [100, 100]
 
 
-def test_the_history_grows_with_an_episode_that_does_not_end(backend: str) -> None:
-    env, other = (vec("Counter-v0", backend=backend) for _ in range(2))
+def test_the_history_grows_with_an_episode_that_does_not_end() -> None:
+    env, other = (vec("Counter-v0") for _ in range(2))
     env.reset()
     actions = random_actions(env, 5_000)
     for action in actions:
@@ -730,7 +736,8 @@ def test_what_an_env_raises_says_where(backend: str, where: str, at: int, step: 
             env.step(action)
     episode = at // 5 if where == "step" else at
     seed = episode_seed(SEED, 0, episode)
-    assert caught.value.__notes__ == [
+    (note,) = caught.value.__notes__
+    assert note.replace("tests.envs_for_tests:", "") == (
         f"raised by env 0 of 3 (Fragile-v0) in episode {episode}, reset(seed={seed}), step {step}"
-    ]
+    )
     env.close()

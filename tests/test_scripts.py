@@ -304,20 +304,20 @@ def test_pairs_alternate_and_unequal_work_is_refused(monkeypatch: pytest.MonkeyP
     assert ["".join(side[1] for side in pair) for pair in bench_peers.order(4)] == ["ge", "eg", "ge", "eg"]
     seen: list[str] = []
 
-    def child(side: str, workload: Any, seed: int, threads: int, python: str) -> dict[str, float]:
+    def child(side: str, workload: Any, seed: int, setup: Any, python: str) -> dict[str, float]:
         seen.append(side)
-        assert threads == {"pgrl": 2, "peer": 1}[side] and python == sys.executable
+        assert setup == setups[side] and python == sys.executable
         return measurement(300 if side == "pgrl" else 100)
 
     monkeypatch.setattr(bench_peers, "child", child)
-    threads = {"pgrl": 2, "peer": 1}
-    pairs = bench_peers.compare(bench_peers.WORKLOADS[0], 2, threads)
+    setups = {"pgrl": bench_peers.Setup(2), "peer": bench_peers.Setup(1, 8)}
+    pairs = bench_peers.compare(bench_peers.WORKLOADS[0], 2, setups)
     assert seen == ["pgrl", "peer", "peer", "pgrl"]
     assert bench_peers.summary(pairs)["ratio"] == 3 and bench_peers.summary(pairs)["interval"] == (3, 3)
     monkeypatch.setattr(bench_peers, "child", lambda side, *_: measurement(1, 8 if side == "pgrl" else 9))
     with pytest.raises(RuntimeError, match="gradient_steps"):
-        bench_peers.compare(bench_peers.WORKLOADS[0], 1, threads)
-    assert bench_peers.compare(bench_peers.find("random-halfcheetah-8"), 1, threads)  # one side takes none
+        bench_peers.compare(bench_peers.WORKLOADS[0], 1, setups)
+    assert bench_peers.compare(bench_peers.find("random-halfcheetah-8"), 1, setups)  # one side takes none
 
 
 def test_only_the_peer_runs_in_the_other_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,8 +328,8 @@ def test_only_the_peer_runs_in_the_other_interpreter(monkeypatch: pytest.MonkeyP
         return subprocess.CompletedProcess(command, 0, json.dumps(measurement(1)), "")
 
     monkeypatch.setattr(subprocess, "run", ran)
-    threads = {"pgrl": 1, "peer": 1}
-    bench_peers.compare(bench_peers.find("ppo-halfcheetah-8-tianshou"), 2, threads, "elsewhere/bin/python")
+    setups = dict.fromkeys(("pgrl", "peer"), bench_peers.Setup(1))
+    bench_peers.compare(bench_peers.find("ppo-halfcheetah-8-tianshou"), 2, setups, "elsewhere/bin/python")
     by_side = [(command[3], command[0]) for command in asked]
     assert by_side == [
         ("pgrl", sys.executable),
@@ -357,16 +357,25 @@ def test_versions_of_another_interpreter(tmp_path: Path, monkeypatch: pytest.Mon
 def test_random_actions_take_the_steps_of_the_training() -> None:
     pytest.importorskip("mujoco")
     workload = bench_peers.replace(bench_peers.find("random-halfcheetah-8"), iterations=4)
-    measured = bench_peers.child("peer", workload, 1, 1)
+    measured = bench_peers.child("peer", workload, 1, bench_peers.Setup(1))
     assert measured["env_steps"] == workload.total_timesteps == 4 * 2048 and measured["gradient_steps"] == 0
     assert measured["sps"] > 500 and -800 < measured["return"] < 0  # of whole episodes of 1,000 steps
 
 
-def test_each_side_has_the_threads_that_it_is_faster_with(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_side_has_the_setup_that_it_is_faster_with(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pgrl.processor.cores", lambda: 4)
-    speeds = {("pgrl", 1): 100, ("pgrl", 4): 300, ("peer", 1): 100, ("peer", 4): 50}
-    monkeypatch.setattr(bench_peers, "child", lambda side, _, __, threads, ___: measurement(speeds[side, threads]))
-    assert [bench_peers.better_threads(bench_peers.WORKLOADS[0], side) for side in ("pgrl", "peer")] == [4, 1]
+    speeds = {("pgrl", 1, 1): 100, ("pgrl", 4, 1): 300, ("pgrl", 1, 4): 400}
+    speeds |= {("peer", 1, 1): 100, ("peer", 4, 1): 50, ("peer", 1, 8): 70}
+    monkeypatch.setattr(bench_peers, "child", lambda side, _, __, setup, ___: measurement(speeds[side, *setup]))
+
+    def better(name: str, threads: int | None = None) -> list[tuple[int, int]]:
+        return [bench_peers.better_setup(bench_peers.find(name), side, threads) for side in ("pgrl", "peer")]
+
+    assert better("ppo-halfcheetah-1") == [(4, 1), (1, 1)]
+    assert better("ppo-halfcheetah-8") == [(1, 4), (1, 1)]
+    assert better("ppo-halfcheetah-8", threads=1) == [(1, 4), (1, 1)]
+    assert better("ppo-halfcheetah-1", threads=2) == [(2, 1), (2, 1)]  # nothing to compare
+    assert better("ppo-halfcheetah-8-tianshou", threads=1) == [(1, 1), (1, 1)]
 
 
 def test_the_first_two_iterations_are_dropped() -> None:
@@ -397,7 +406,10 @@ def test_both_sides_of_every_workload_do_equal_work(workload: Any) -> None:
     if not bench_peers.installed(workload, python):
         pytest.skip(f"{workload.library} is not installed")
     small = bench_peers.replace(workload, iterations=min(4, 4000 // workload.num_steps))
-    [pair] = bench_peers.compare(small, 1, {"pgrl": 1, "peer": 1}, python)
+    both = [bench_peers.Setup(1), bench_peers.Setup(1, 2)] if workload.shared_out else [bench_peers.Setup(1)]
+    pairs = [bench_peers.compare(small, 1, dict.fromkeys(bench_peers.SIDES, setup), python)[0] for setup in both]
+    pair = pairs[0]
+    assert all(p["pgrl"]["return"] == pair["pgrl"]["return"] for p in pairs)
     assert pair["pgrl"]["env_steps"] == small.total_timesteps
     limit = 700 if "buffer_size" in workload.pgrl and "compile=true" in workload.pgrl else 500  # replay and compiler
     assert pair["pgrl"]["sps"] > 0 and pair["pgrl"]["memory_mb"] < limit
@@ -408,13 +420,13 @@ def test_tables_and_pictures_of_what_was_measured(tmp_path: Path) -> None:
     pairs = [{"pgrl": measurement(3000 + i), "peer": measurement(1000)} for i in range(5)]
     results = {
         "workloads": {
-            name: {"pairs": pairs, "threads": {"pgrl": 2, "peer": 1}, "machine": {"cpu": f"2 x {name}"}}
+            name: {"pairs": pairs, "setups": {"pgrl": (2, 1), "peer": (1, 8)}, "machine": {"cpu": f"2 x {name}"}}
             for name in names
         },
         "starts": [3.0, 2.0, 2.5],
     }
     text = bench_peers.table(results)
-    assert "| 3,002 / 1,000 | **3.00** [3.00, 3.00] | 5 | 2 / 1 |" in text and f"\nB: cpu 2 x {names[1]}\n" in text
+    assert "| 3,002 / 1,000 | **3.00** [3.00, 3.00] | 5 | 2 / 1 x 8 |" in text and f"\nB: cpu 2 x {names[1]}\n" in text
     assert "3.0 s to its first env step" in text
     pytest.importorskip("matplotlib")
     bench_peers.plot(results, tmp_path / "peers.png")
@@ -621,7 +633,7 @@ def test_growth_is_a_table_and_a_picture(tmp_path: Path) -> None:
     sweeps = {name: [point for _ in values] for name, (values, _) in bench_growth.SWEEPS.items()}
     assert "| width | 1,024 | 40,000 | 20.0 | 5.0 | 50% | 300 |" in bench_growth.table(sweeps)
     for values, sizes in bench_growth.SWEEPS.values():
-        assert all(num_envs * num_steps % 512 == 0 for num_envs, num_steps, _ in map(sizes, values))
+        assert all(num_envs * num_steps % 512 == 0 for num_envs, num_steps, *_ in map(sizes, values))
     pytest.importorskip("matplotlib")
     bench_growth.plot(sweeps, tmp_path / "growth.png")
     assert (tmp_path / "growth.png").stat().st_size > 5000
@@ -629,7 +641,7 @@ def test_growth_is_a_table_and_a_picture(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_point_of_growth_is_measured() -> None:
-    point = bench_peers.fresh_process([bench_growth.__file__, "--child", "8", "128", "64"], 1)
+    point = bench_peers.fresh_process([bench_growth.__file__, "--child", "8", "128", "64", "2"], 1)
     assert 0 < point["sps"] < point["random"] and point["memory_mb"] > 100
 
 

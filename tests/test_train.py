@@ -248,6 +248,16 @@ def test_envs_are_closed_where_the_agent_refuses_them(monkeypatch: pytest.Monkey
     assert len(closed) == 1
 
 
+def test_first_weights_do_not_hang_on_what_ran_before() -> None:
+    """The decompositions that make them orthogonal round differently with more threads, or another library."""
+    states = []
+    for threads, precision in ((1, "none"), (2, "bf16")):
+        torch.set_num_threads(threads)
+        processor.MATMUL.fp32_precision = precision
+        states.append(build(compose([*PPO, "threads=1", "algo.network.hidden_sizes=[96,96]"])).agent.state_dict())
+    assert equal(*states)
+
+
 def test_an_evaluation_has_the_threads_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_dir, told = run(tmp_path, "run", *PPO, "total_timesteps=1000"), []
     learn = sum(p.numel() for p in build(load_run(run_dir)).agent.parameters())

@@ -36,8 +36,8 @@ def run(overrides: list[str]) -> Path:
     Raises UserError for a mistake in the arguments, and `pgrl.signals.Stop` if a signal ends the run.
     """
     from pgrl import config
-    from pgrl.asynchronous import refuse_in_worker
     from pgrl.launch import launch
+    from pgrl.processes import refuse_in_worker
 
     refuse_in_worker()
     return launch(config.compose(overrides))

@@ -7,23 +7,15 @@ own. The main process takes no lock that a worker takes, for one that is killed 
 from __future__ import annotations
 
 import logging
-import multiprocessing
-import os
-import signal
-import sys
-import threading
 import time
 import traceback
-import warnings
 from contextlib import closing, suppress
 from dataclasses import replace
-from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.multiprocessing
 
 from pgrl.agents import A3C
 from pgrl.agents.a3c import Shared
@@ -31,8 +23,9 @@ from pgrl.config import RunConfig
 from pgrl.data import Rollout
 from pgrl.envs import Episode
 from pgrl.errors import NonFiniteError
+from pgrl.processes import NAME, WorkerError, context, follow_main, how_it_died, start_server
 from pgrl.runs import Run, build
-from pgrl.signals import STOPPING, Signals, Stop
+from pgrl.signals import Signals, Stop
 from pgrl.train import check_finite, collect
 from pgrl.upkeep import Upkeep
 
@@ -41,11 +34,6 @@ log = logging.getLogger("pgrl")
 REPORT_SECONDS = 0.15  # between two reports of a worker
 GRACE_SECONDS = 1.5  # for workers to end by themselves
 WORKER_STREAM = 2_000_003  # in the seeds of workers, which share no stream with anything else
-NAME = "pgrl worker"  # of their processes
-
-
-class WorkerError(RuntimeError):
-    """A worker failed or died, which ends the run."""
 
 
 class Report(NamedTuple):
@@ -123,7 +111,7 @@ class Workers:
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self._context = torch.multiprocessing.get_context("forkserver")
+        self._context = context()
         self._stop = self._context.RawValue("b", 0)
         self._counter: Any = None
         self._processes: list[Any] = []
@@ -131,7 +119,8 @@ class Workers:
 
     def start(self, config: RunConfig, shared: Shared, iteration: int, iterations: int, signals: Signals) -> None:
         """Begin with rollout `iteration` of `iterations`."""
-        start_server(signals)
+        with signals.protected():
+            start_server()
         self._counter = self._context.Value("q", iteration)  # kept, or it would be gone before workers open it
         for i in range(self.number):
             own = replace(config, seed=worker_seed(config.seed, i, iteration), threads=config.threads or 1)
@@ -162,9 +151,7 @@ class Workers:
                 process = self._processes[self._pipes.pop(pipe)]
                 process.join()
                 if process.exitcode != 0:
-                    code = process.exitcode
-                    how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-                    raise WorkerError(f"{name} died ({how})")
+                    raise WorkerError(f"{name} died ({how_it_died(process)})")
                 break  # it is done
         raise WorkerError(f"all {self.number} workers ended before their work was done")
 
@@ -187,48 +174,15 @@ class Workers:
         self._processes, self._pipes = [], {}
 
 
-# A worker runs the main program again by its name, which for `python -m pgrl.train` is a module that it has already.
-warnings.filterwarnings("ignore", "'pgrl.train' found in sys.modules", RuntimeWarning)
-
-
-def start_server(signals: Signals) -> None:
-    """Start the process that workers are forked from, with pgrl imported; no signal that stops a run reaches it.
-
-    Terminals and batch systems send these signals to all processes of a run: the main one tells the others.
-    """
-    forkserver.set_forkserver_preload(["pgrl.asynchronous"])
-    with signals.protected():
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
-        try:
-            resource_tracker.ensure_running()  # before anything that it tracks; it unblocks some
-            signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
-            forkserver.ensure_running()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def worker_seed(seed: int, worker: int, iteration: int) -> int:
     """The seed of a worker that begins at an iteration of the run: after a resume it plays other episodes."""
     sequence = np.random.SeedSequence([seed, WORKER_STREAM, worker, iteration])
     return int(sequence.generate_state(1, np.uint64)[0]) >> 1
 
 
-def refuse_in_worker() -> None:
-    """Leave a worker that runs its main program again: it is a script without `if __name__ == "__main__":`."""
-    if multiprocessing.current_process().name.startswith(NAME):
-        guard = 'what it runs must stand under if __name__ == "__main__":'
-        print(f"With algo=a3c the workers import the script that trains: {guard}", file=sys.stderr, flush=True)
-        raise SystemExit(1)
-
-
-# ------------------------------------------------------------------------------------------------- the worker processes
-
-
 def work(task: Task) -> None:
     """The life of a worker process."""
-    for signum in STOPPING:
-        signal.signal(signum, signal.SIG_IGN)
-    threading.Thread(target=leave_with_main, daemon=True).start()
+    follow_main()
     with suppress(ConnectionError):  # nobody listens any more
         try:
             learn(task)
@@ -236,14 +190,6 @@ def work(task: Task) -> None:
             trace = "".join(traceback.format_exception(error))
             task.reports.send(Failure(f"{type(error).__name__}: {error}", trace))
             raise SystemExit(1) from None
-
-
-def leave_with_main() -> None:
-    """Wait for the end of the main process, however it ends, and follow it."""
-    main = multiprocessing.parent_process()
-    assert main is not None
-    main.join()
-    os._exit(1)
 
 
 def learn(task: Task) -> None:

@@ -182,6 +182,7 @@ def build(config: RunConfig) -> Run:
     torch.manual_seed(config.seed)
     np.random.seed(config.seed % 2**32)
     random.seed(config.seed)
+    processor.set_up(0, torch.device("cpu"))  # so that first weights are the same whatever ran here before
     env = make_vec(config.env, config.num_envs, config.seed, config.device)
     try:
         refuse_too_large(config, env)
@@ -309,10 +310,11 @@ def headline(config: RunConfig, run: Run, run_dir: Path) -> str:
     parts = {True: ", captured", "rollout": ", rollouts captured", "update": ", updates captured"}
     how = ", compiled" * (config.compile is True) + parts.get(config.capture, "")
     of = f"{workers} worker{'s' * (workers > 1)} of " if workers else ""
+    stepped = f" in {config.env.processes} processes" if config.env.processes > 1 else ""
     return (
         f"{run.agent.name} on {config.env.id} | {config.device}, {threads} thread{'s' * (threads > 1)}"
         f"{how} | seed {config.seed} | {config.total_timesteps:,} steps, "
-        f"{of}{config.num_envs} env{'s' * (config.num_envs > 1)}{replay} | {run_dir}"
+        f"{of}{config.num_envs} env{'s' * (config.num_envs > 1)}{stepped}{replay} | {run_dir}"
     )
 
 

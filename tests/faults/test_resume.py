@@ -41,6 +41,7 @@ CASES = {
     "ddpg-classic": ["algo=ddpg", "env=Pendulum-v1", "total_timesteps=4000", "algo.noise=ou"],
     "ddpg-mujoco": ["algo=ddpg", "experiment=td3", "env=HalfCheetah-v4", "total_timesteps=3000", "num_envs=2"],
     "ppo-torch": ["algo=ppo", "env=CartPole-v1", "env.backend=torch", "total_timesteps=49152", "num_envs=8"],
+    "ppo-processes": ["algo=ppo", "env=CartPole-v1", "env.processes=2", "total_timesteps=24576", "num_envs=4"],
     "sac-torch": ["algo=sac", "env=Pendulum-v1", "env.backend=torch", "total_timesteps=3000", "num_envs=2"],
     "dpg-linear": ["algo=dpg", "env=pgrl/LinearQuadratic-v0", "total_timesteps=24000", "num_envs=8"],
 }
@@ -158,6 +159,7 @@ def interrupted(run_dir: Path, args: list[str], kills: int, seed: int, longest: 
         "a2c-box2d",
         "ppo-mujoco",
         "ppo-torch",
+        "ppo-processes",
         "reinforce-classic",
         "trpo-mujoco",
         "dpg-linear",
@@ -222,7 +224,7 @@ def test_signal_saves_and_exits_with_its_code(how: signal.Signals, tmp_path: Pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda s: s.name)
-@pytest.mark.parametrize("case", ["ppo-classic", "a2c-mujoco"])
+@pytest.mark.parametrize("case", ["ppo-classic", "ppo-processes", "a2c-mujoco"])
 def test_signalled_runs_resume_bit_for_bit(case: str, how: signal.Signals, tmp_path: Path) -> None:
     finish(start(*arguments(case), f"run_dir={tmp_path / 'whole'}"))
     assert interrupted(tmp_path / "stopped", arguments(case), 10, seed=3, longest=0.5, how=how)

@@ -90,6 +90,7 @@ KEPT = (
     "tensorboard",
     "device",
     "threads",
+    "env.processes",
     "checkpoint.replay",
     "profile",
 )  # what resume= may change
@@ -253,6 +254,7 @@ def resumed(config: RunConfig, given: dict[str, str]) -> RunConfig:
     if run.device == "cpu" and run.capture != "auto":
         run.capture = False  # whatever the run did on a GPU
     problems = [*checks.wrong_values(run, keys), *checks.wrong_asynchronous(run), *checks.wrong_capture(run)]
+    problems += checks.wrong_processes(run)
     problems += checks.wrong_env(run.env.id, run.env.backend)
     if run.compile is True and not checks.has_compiler():
         why = "the run's steps are compiled, and there is no C++ compiler, g++ or clang++: eager ones round differently"

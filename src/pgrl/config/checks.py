@@ -113,8 +113,8 @@ SHARE = Rule(lambda x: 0 <= x <= 1, "must be in [0, 1]")
 RULES: dict[str, Rule] = {
     **dict.fromkeys(
         "total_timesteps num_envs threads eval_every eval_episodes save_every log_every max_episode_steps num_steps "
-        "n_step update_epochs num_minibatches num_workers episodes cg_steps backtrack_steps buffer_size batch_size "
-        "learning_starts policy_delay".split(),
+        "n_step update_epochs num_minibatches num_workers processes episodes cg_steps backtrack_steps buffer_size "
+        "batch_size learning_starts policy_delay".split(),
         COUNT,
     ),
     **dict.fromkeys(("hidden_sizes", "value_hidden_sizes"), COUNTS),
@@ -272,6 +272,22 @@ def wrong_replay(config: RunConfig) -> Iterator[Problem]:
     if algo.get("noise") == "ou" and algo["num_steps"] > 1:
         why = "goes with algo.num_steps=1: it begins anew with each episode, whose end is seen after a rollout"
         yield Problem("algo.noise", "ou", why, ("algo.num_steps=1",))
+
+
+def wrong_processes(config: RunConfig) -> Iterator[Problem]:
+    """Envs that are to be stepped by several processes, and cannot be."""
+    processes, use = config.env.processes, 1
+    if processes == 1:
+        return
+    if config.env.backend != "gymnasium":
+        why = f"is for Gymnasium's envs; those of env.backend={config.env.backend} are stepped together already"
+    elif hasattr(config.algo, "num_workers"):
+        why = "does not go with algo=a3c, whose workers are processes, each with envs of its own"
+    elif processes > config.num_envs:
+        why, use = f"is more than there are envs, num_envs={config.num_envs}", config.num_envs
+    else:
+        return
+    yield Problem("env.processes", processes, why, (f"env.processes={use}",))
 
 
 def wrong_asynchronous(config: RunConfig) -> Iterator[Problem]:
@@ -451,6 +467,7 @@ def check(config: RunConfig, keys: dict[str, schema.Key]) -> list[Problem]:
         problems += wrong_together(config)
         problems += wrong_replay(config)
         problems += wrong_asynchronous(config)
+        problems += wrong_processes(config)
         problems += wrong_capture(config)
     problems += wrong_env(config.env.id, config.env.backend)
     if not problems:

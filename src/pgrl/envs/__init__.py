@@ -8,12 +8,20 @@ import torch
 from pgrl.envs.base import EnvConfig, Episode, VecEnv
 from pgrl.envs.envpool import EnvPoolVecEnv, in_gymnasium
 from pgrl.envs.gymnasium import GymnasiumVecEnv
+from pgrl.envs.processes import ProcessesVecEnv
 from pgrl.envs.torch_classic import TorchVecEnv
 from pgrl.errors import UserError
 
+
+def on_cpu(config: EnvConfig, num_envs: int, seed: int, _: torch.device) -> VecEnv:
+    """Gymnasium's envs, in as many processes as are asked for and there are envs."""
+    kind = ProcessesVecEnv if min(config.processes, num_envs) > 1 else GymnasiumVecEnv
+    return kind(config, num_envs, seed)
+
+
 BACKENDS: dict[str, Callable[[EnvConfig, int, int, torch.device], VecEnv]] = {
-    "gymnasium": lambda config, num_envs, seed, _: GymnasiumVecEnv(config, num_envs, seed),  # these two on the CPU
-    "envpool": lambda config, num_envs, seed, _: EnvPoolVecEnv(config, num_envs, seed),
+    "gymnasium": on_cpu,
+    "envpool": lambda config, num_envs, seed, _: EnvPoolVecEnv(config, num_envs, seed),  # on the CPU, too
     "torch": TorchVecEnv,
 }
 
@@ -23,6 +31,7 @@ __all__ = [
     "EnvPoolVecEnv",
     "Episode",
     "GymnasiumVecEnv",
+    "ProcessesVecEnv",
     "TorchVecEnv",
     "VecEnv",
     "make_vec",
@@ -42,8 +51,8 @@ def make_vec(config: EnvConfig, num_envs: int, seed: int, device: torch.device |
 def to_evaluate(config: EnvConfig) -> EnvConfig:
     """Gymnasium's env where a config means the same with another backend, so that returns compare with those of others.
 
-    The torch backend's envs always do, EnvPool's where they can (`in_gymnasium`).
+    The torch backend's envs always do, EnvPool's where they can (`in_gymnasium`). One process steps them.
     """
     if config.backend == "envpool":
         return in_gymnasium(config)
-    return replace(config, backend="gymnasium") if config.backend == "torch" else config
+    return replace(config, backend="gymnasium", processes=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,11 +25,13 @@ class GymnasiumVecEnv:
     wherever the env draws all its randomness from its own generator, and costs the steps of the running episodes.
 
     What an env raises is passed on, with a note that names the env, the episode and its seed.
+
+    The envs may be some of more: those from number `first` on, of `of` in all.
     """
 
-    def __init__(self, config: EnvConfig, num_envs: int, seed: int) -> None:
+    def __init__(self, config: EnvConfig, num_envs: int, seed: int, *, first: int = 0, of: int | None = None) -> None:
         self.num_envs, self.device = num_envs, torch.device("cpu")
-        self._id, self._seed = config.id, seed
+        self._id, self._seed, self._first, self._of = config.id, seed, first, of or num_envs
         peeled = [peel(env) for env in make(config, num_envs)]
         self._envs, self._limit = [env for env, _ in peeled], peeled[0][1]
         for env in self._envs:
@@ -54,10 +57,15 @@ class GymnasiumVecEnv:
         return torch.from_numpy(self._obs.copy())
 
     def step(self, action: Tensor, out: Step | None = None) -> Step:
+        out = new_step(torch.from_numpy(self._obs)) if out is None else out
+        self.answer(action, getattr(out, "arrays", None) or [x.numpy() for x in out])
+        return out
+
+    def answer(self, action: Tensor, arrays: Sequence[NDArray[Any]]) -> None:
+        """`step`, into the fields of a Step as arrays."""
         if not self._begun:
             raise RuntimeError("call reset or load_state_dict before step")
-        out = new_step(torch.from_numpy(self._obs)) if out is None else out
-        obs, reward, terminated, truncated, next_obs = getattr(out, "arrays", None) or [x.numpy() for x in out]
+        obs, reward, terminated, truncated, next_obs = arrays
         actions = self._to_env(action)
         steps = self._history.append(actions)
         began, returns, limit, to_row = self._history.began, self._return, self._limit, self._to_row
@@ -78,11 +86,10 @@ class GymnasiumVecEnv:
             raise
         obs[:] = next_obs
         for i in ended:
-            self._finished.append(Episode(returns[i], steps - began[i], i))
+            self._finished.append(Episode(returns[i], steps - began[i], self._first + i))
             self._begin(i, self._episode[i] + 1)
             obs[i] = self._obs[i]
         self._obs[:] = obs
-        return out
 
     def episodes(self) -> list[Episode]:
         finished, self._finished = self._finished, []
@@ -118,10 +125,10 @@ class GymnasiumVecEnv:
             self._begin(i, self._episode[i] + 1)
         self._begun = True
         if lost:
+            which = f"env {', '.join(str(self._first + i) for i in lost)} of {self._of}"
             warnings.warn(
-                f"{self._id} does not repeat its episodes from the same seeds and actions "
-                f"(env {', '.join(map(str, lost))} of {self.num_envs}): they are cut, and the run goes on, but not bit "
-                "for bit",
+                f"{self._id} does not repeat its episodes from the same seeds and actions ({which}): they are cut, and "
+                "the run goes on, but not bit for bit",
                 stacklevel=2,
             )
 
@@ -134,7 +141,7 @@ class GymnasiumVecEnv:
         self._episode[i], self._return[i] = episode, 0.0
         self._history.begin(i)
         try:
-            row, _ = self._envs[i].reset(seed=episode_seed(self._seed, i, episode))
+            row, _ = self._envs[i].reset(seed=self._seed_of(i, episode))
             self._obs[i] = row if self._to_row is None else self._to_row(row)
         except Exception as error:
             error.add_note(self._where(i))
@@ -150,11 +157,14 @@ class GymnasiumVecEnv:
                 return False
         return True
 
+    def _seed_of(self, i: int, episode: int) -> int:
+        return episode_seed(self._seed, self._first + i, episode)
+
     def _where(self, i: int) -> str:
         episode, length = self._episode[i], self._history.steps - self._history.began[i]
         return (
-            f"raised by env {i} of {self.num_envs} ({self._id}) in episode {episode}, "
-            f"reset(seed={episode_seed(self._seed, i, episode)}), step {length}"
+            f"raised by env {self._first + i} of {self._of} ({self._id}) in episode {episode}, "
+            f"reset(seed={self._seed_of(i, episode)}), step {length}"
         )
 
 

@@ -1,0 +1,329 @@
+"""Copies of one Gymnasium env, shared out among processes that step them at the same time."""
+
+from __future__ import annotations
+
+import ctypes
+import traceback
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pgrl import processor
+from pgrl.data import Step, action_rows
+from pgrl.envs.base import EnvConfig, Episode, new_step
+from pgrl.envs.gymnasium import GymnasiumVecEnv
+from pgrl.processes import NAME, WorkerError, context, follow_main, how_it_died, start_server
+
+STEP, CALL, CLOSE = range(3)  # what a worker may be told
+SPINS = 2000  # tries to take a semaphore before the process sleeps for it: some 0.2 ms
+GRACE_SECONDS = 2.0  # for a worker to end by itself
+
+
+class Field(NamedTuple):
+    """One array of the memory that the main process shares with a worker."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Task(NamedTuple):
+    """What a worker is given."""
+
+    config: EnvConfig
+    first: int  # the number of its first env
+    number: int  # of its envs
+    of: int  # all envs
+    seed: int
+    fields: list[Field]
+    memory: Any
+    go: Any  # semaphores: the worker may go on, the worker is done
+    done: Any
+    pipe: Connection
+    spins: int
+
+
+class Answer(NamedTuple):
+    """What a call gave, and the warnings on the way."""
+
+    result: Any
+    warnings: list[str]
+
+
+class Failure(NamedTuple):
+    """What a worker raised, as text."""
+
+    message: str
+    trace: str
+
+
+class ProcessesVecEnv:
+    """B copies of one Gymnasium env in several processes, this one among them; the same transitions as in one.
+
+    Each process has a GymnasiumVecEnv with a share of the envs, which keep their numbers and so their seeds. Actions
+    and answers pass through shared memory, everything else through pipes. A state is that of a GymnasiumVecEnv, and
+    goes with any number of processes.
+    """
+
+    def __init__(self, config: EnvConfig, num_envs: int, seed: int) -> None:
+        self.num_envs, self.device = num_envs, torch.device("cpu")
+        sizes = shares(num_envs, config.processes)
+        self._own = GymnasiumVecEnv(config, sizes[0], seed, of=num_envs)
+        self.obs_space, self.action_space = self._own.obs_space, self._own.action_space
+        self._obs = np.zeros((num_envs, *self.obs_space.shape), self.obs_space.dtype)
+        self._finished: list[Episode] = []
+        spins = SPINS if len(sizes) <= processor.cores() else 0  # else it would keep a core from one that works
+        start_server()
+        self._workers: list[Worker] = []
+        try:
+            for k, size in enumerate(sizes[1:], 1):
+                fields = shared_fields(self.obs_space, self.action_space, size)
+                self._workers.append(
+                    Worker(f"{k + 1} of {len(sizes)}", config, sum(sizes[:k]), size, num_envs, seed, fields, spins)
+                )
+            for worker in self._workers:
+                worker.answer()
+        except BaseException:
+            self.close()
+            raise
+
+    def reset(self) -> Tensor:
+        self._finished = []
+        self._obs[:] = np.concatenate([x.numpy() for x in self._everywhere("reset", [()] * (1 + len(self._workers)))])
+        return self.obs()
+
+    def obs(self) -> Tensor:
+        return torch.from_numpy(self._obs.copy())
+
+    def step(self, action: Tensor, out: Step | None = None) -> Step:
+        out = new_step(torch.from_numpy(self._obs)) if out is None else out
+        arrays = getattr(out, "arrays", None) or [x.numpy() for x in out]
+        action = action.cpu()
+        for worker in self._workers:
+            worker.begin(action)
+        own = self._own.num_envs
+        self._own.answer(action[:own], [x[:own] for x in arrays])
+        for worker in self._workers:
+            if worker.finish(arrays):
+                self._finished += self._own.episodes()  # of this step or an earlier one
+                self._finished += worker.episodes()
+        self._obs[:] = arrays[0]
+        return out
+
+    def episodes(self) -> list[Episode]:
+        finished, self._finished = self._finished + self._own.episodes(), []
+        return finished
+
+    def state_dict(self) -> dict[str, Any]:
+        parts = self._everywhere("state_dict", [()] * (1 + len(self._workers)))
+        joined: dict[str, list[Any]] = {
+            key: sum((part[key] for part in parts), []) for key in ("episode", "return", "actions")
+        }
+        return {"seed": parts[0]["seed"], **joined, "obs": self._obs.copy()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As GymnasiumVecEnv's, each process for its envs."""
+        if len(state["actions"]) != self.num_envs:
+            raise ValueError(f"a state of {len(state['actions'])} envs does not fit {self.num_envs} envs")
+        self._finished, parts, first = [], [], 0
+        for count in [self._own.num_envs, *(worker.count for worker in self._workers)]:
+            rows = slice(first, first + count)
+            shared = {key: state[key][rows] for key in ("episode", "return", "obs", "actions")}
+            parts.append(({"seed": state["seed"], **shared},))
+            first += count
+        self._everywhere("load_state_dict", parts)
+        self._obs[:] = np.concatenate([x.numpy() for x in self._everywhere("obs", [()] * len(parts))])
+
+    def close(self) -> None:
+        for worker in self._workers:
+            worker.tell(CLOSE)
+        for worker in self._workers:
+            worker.end()
+        self._own.close()
+
+    def _everywhere(self, name: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
+        """The results of a method in all processes at the same time, each with arguments of its own."""
+        for worker, given in zip(self._workers, arguments[1:], strict=True):
+            worker.call(name, given)
+        own = getattr(self._own, name)(*arguments[0])
+        return [own, *(worker.answer() for worker in self._workers)]
+
+
+class Worker:
+    """A worker process as the main process sees it: envs `first` to `first + count - 1` of `of`."""
+
+    def __init__(
+        self, name: str, config: EnvConfig, first: int, count: int, of: int, seed: int, fields: list[Field], spins: int
+    ) -> None:
+        self.first, self.count = first, count
+        self._name, self._rows, self._spins = f"env process {name}", slice(first, first + count), spins
+        processes = context()
+        memory = processes.RawArray(ctypes.c_byte, nbytes(fields))
+        shared = arrays_in(memory, fields)
+        self._command, self._action, self._ended = shared["command"], shared["action"], shared["ended"]
+        self._returns, self._lengths = shared["returns"], shared["lengths"]
+        self._answers = [shared[name] for name in Step._fields]
+        self._go, self._done = processes.Semaphore(0), processes.Semaphore(0)
+        self._pipe, there = processes.Pipe()
+        task = Task(config, first, count, of, seed, fields, memory, self._go, self._done, there, spins)
+        self._process = processes.Process(target=work, args=(task,), name=f"{NAME} {name}", daemon=True)
+        self._process.start()
+        there.close()
+
+    def tell(self, command: int) -> None:
+        """Wake the worker for a command."""
+        self._command[0] = command
+        self._go.release()
+
+    def begin(self, action: Tensor) -> None:
+        """Let its envs step, with their share of the actions [B, ...] of all."""
+        self._action[:] = action.numpy()[self._rows]
+        self.tell(STEP)
+
+    def finish(self, arrays: list[NDArray[Any]]) -> int:
+        """Wait for the step that was begun, and put it into the rows [B, ...] of all; how many episodes ended."""
+        if not wait_for(self._done, self._spins, self._process.is_alive):
+            raise self._died()
+        ended = int(self._ended[0])
+        if ended < 0:
+            self.answer()  # raises what it met
+        for row, shared in zip(arrays, self._answers, strict=True):
+            row[self._rows] = shared
+        return ended
+
+    def episodes(self) -> list[Episode]:
+        """Those that ended in the last step."""
+        over = np.flatnonzero(self._lengths)
+        return [Episode(float(self._returns[i]), int(self._lengths[i]), self.first + int(i)) for i in over]
+
+    def call(self, name: str, arguments: tuple[Any, ...]) -> None:
+        """Begin a method of its GymnasiumVecEnv; `answer` has the result."""
+        self.tell(CALL)
+        with suppress(ConnectionError):  # `answer` says more
+            self._pipe.send((name, arguments))
+
+    def answer(self) -> Any:
+        """The result of the method that was called; WorkerError where the worker failed or died."""
+        try:
+            answer = self._pipe.recv()
+        except (EOFError, OSError):
+            raise self._died() from None
+        if isinstance(answer, Failure):
+            error = WorkerError(f"{self._name} failed: {answer.message}")
+            error.add_note(answer.trace)
+            raise error
+        for text in answer.warnings:
+            warnings.warn(text, stacklevel=2)
+        return answer.result
+
+    def end(self) -> None:
+        """Wait for its end, after CLOSE; one that takes too long is killed."""
+        self._process.join(GRACE_SECONDS)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+        self._pipe.close()
+
+    def _died(self) -> WorkerError:
+        self._process.join(GRACE_SECONDS)
+        return WorkerError(f"{self._name} died ({how_it_died(self._process)})")
+
+
+def shares(num_envs: int, processes: int) -> list[int]:
+    """How many envs each process has, the main one first, which has other work, too: no more than the others."""
+    processes = min(processes, num_envs)
+    return [(num_envs + k) // processes for k in range(processes)]
+
+
+def shared_fields(obs_space: Any, action_space: Any, count: int) -> list[Field]:
+    """What lies in the memory of a worker with `count` envs."""
+    shape, dtype = action_rows(action_space)
+    obs = (count, *obs_space.shape), str(obs_space.dtype)
+    return [
+        Field("command", (1,), "int64"),
+        Field("ended", (1,), "int64"),  # episodes, in the last step; -1: the worker failed
+        Field("action", (count, *shape), str(dtype).removeprefix("torch.")),
+        Field("obs", *obs),
+        Field("reward", (count,), "float32"),
+        Field("terminated", (count,), "bool"),
+        Field("truncated", (count,), "bool"),
+        Field("next_obs", *obs),
+        Field("returns", (count,), "float64"),  # of the episodes that ended in the last step
+        Field("lengths", (count,), "int64"),  # theirs; 0 where none ended
+    ]
+
+
+def nbytes(fields: list[Field]) -> int:
+    """The size of the memory, each field in cache lines of its own."""
+    return sum(-(-int(np.prod(f.shape)) * np.dtype(f.dtype).itemsize // 64) * 64 for f in fields)
+
+
+def arrays_in(memory: Any, fields: list[Field]) -> dict[str, NDArray[Any]]:
+    """The fields as arrays, by their names."""
+    found, at = {}, 0
+    for f in fields:
+        found[f.name] = np.frombuffer(memory, f.dtype, int(np.prod(f.shape)), at).reshape(f.shape)
+        at += nbytes([f])
+    return found
+
+
+def wait_for(semaphore: Any, spins: int, alive: Callable[[], bool]) -> bool:
+    """Take a semaphore, at first without sleeping, for waking up takes longer than a step; False if nobody is alive."""
+    for _ in range(spins):
+        if semaphore.acquire(False):
+            return True
+    while not semaphore.acquire(True, 1.0):
+        if not alive():
+            return bool(semaphore.acquire(False))
+    return True
+
+
+def work(task: Task) -> None:
+    """The life of a worker process."""
+    follow_main()
+    torch.set_num_threads(1)
+    shared = arrays_in(task.memory, task.fields)
+    with suppress(ConnectionError):  # nobody listens any more
+        try:
+            envs = GymnasiumVecEnv(task.config, task.number, task.seed, first=task.first, of=task.of)
+            task.pipe.send(Answer(None, []))
+            serve(task, envs, shared)
+            envs.close()
+        except Exception as error:
+            text = "\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])])
+            shared["ended"][0] = -1
+            task.done.release()
+            task.pipe.send(Failure(text, "".join(traceback.format_exception(error))))
+
+
+def serve(task: Task, envs: GymnasiumVecEnv, shared: dict[str, NDArray[Any]]) -> None:
+    """Step the envs and call their methods, as the main process says, until it says CLOSE."""
+    action = torch.from_numpy(shared["action"])
+    rows = [shared[name] for name in Step._fields]
+    command, ended, lengths, returns = (shared[name] for name in ("command", "ended", "lengths", "returns"))
+    while True:
+        wait_for(task.go, task.spins, lambda: True)  # without the main process this one ends by itself
+        if command[0] == CLOSE:
+            return
+        if command[0] == CALL:
+            name, arguments = task.pipe.recv()
+            with warnings.catch_warnings(record=True) as met:
+                warnings.simplefilter("always")
+                result = getattr(envs, name)(*arguments)
+            task.pipe.send(Answer(result, [str(warning.message) for warning in met]))
+            continue
+        envs.answer(action, rows)
+        episodes = envs.episodes()
+        if episodes or ended[0]:
+            lengths[:], ended[0] = 0, len(episodes)
+            for episode in episodes:
+                i = episode.env - task.first
+                returns[i], lengths[i] = episode.env_return, episode.length
+        task.done.release()

@@ -1,0 +1,74 @@
+"""Worker processes of a run: how they start, and that none outlives the process that started it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import warnings
+from multiprocessing import forkserver, resource_tracker
+from typing import Any
+
+import torch.multiprocessing
+
+from pgrl.signals import STOPPING
+
+NAME = "pgrl worker"  # of the processes
+
+# A worker runs the main program again by its name, which for `python -m pgrl.train` is a module that it has already.
+warnings.filterwarnings("ignore", "'pgrl.train' found in sys.modules", RuntimeWarning)
+
+
+class WorkerError(RuntimeError):
+    """A worker failed or died, which ends the run."""
+
+
+def context() -> Any:
+    """Of multiprocessing, for workers that inherit neither threads nor locks, and need not import torch anew."""
+    return torch.multiprocessing.get_context("forkserver")
+
+
+def start_server() -> None:
+    """Start the process that workers are forked from, with pgrl imported; no signal that stops a run reaches it.
+
+    Terminals and batch systems send these signals to all processes of a run: the main one tells the others.
+    """
+    forkserver.set_forkserver_preload(["pgrl.asynchronous"])
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        resource_tracker.ensure_running()  # before anything that it tracks; it unblocks some
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def follow_main() -> None:
+    """In a worker: ignore what stops a run, and end with the main process, however it ends."""
+    for signum in STOPPING:
+        signal.signal(signum, signal.SIG_IGN)
+    threading.Thread(target=leave_with_main, daemon=True).start()
+
+
+def leave_with_main() -> None:
+    """Wait for the end of the main process, and follow it."""
+    main = multiprocessing.parent_process()
+    assert main is not None
+    main.join()
+    os._exit(1)
+
+
+def refuse_in_worker() -> None:
+    """Leave a worker that runs its main program again: it is a script without `if __name__ == "__main__":`."""
+    if multiprocessing.current_process().name.startswith(NAME):
+        guard = 'what it runs must stand under if __name__ == "__main__":'
+        print(f"Worker processes import the script that trains: {guard}", file=sys.stderr, flush=True)
+        raise SystemExit(1)
+
+
+def how_it_died(process: Any) -> str:
+    """What ended a process that has ended."""
+    code = process.exitcode
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
