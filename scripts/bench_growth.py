@@ -99,7 +99,7 @@ def plot(results: dict[str, list[dict[str, float]]], path: Path) -> None:
     figure = Figure(figsize=(9, 4.6), layout="constrained")
     rows = figure.subplots(2, len(SWEEPS), height_ratios=[2, 1])
     for column, (name, (values, _)) in enumerate(SWEEPS.items()):
-        measured = results[name]
+        measured = results.get(name, [])
         places = range(len(measured))
         collect, update = ([m[key] for m in measured] for key in ("collect", "update"))
         top, bottom = rows[0][column], rows[1][column]

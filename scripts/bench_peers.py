@@ -32,6 +32,7 @@ its own, in which pgrl need not be, with the same torch (pinned in constraints.t
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import resource
@@ -315,13 +316,17 @@ WORKLOADS = (
 class Stamps:
     """The clock of one side: env steps, gradient steps, wall and CPU seconds at the return of each update."""
 
-    def __init__(self, dropped: int = DROPPED) -> None:
-        self.began, self.dropped = time.perf_counter(), dropped
-        self.others: Sequence[int] = ()  # the processes that step envs, by their numbers
+    def __init__(self, dropped: int = DROPPED, iterations: int = 0) -> None:
+        self.began, self.dropped, self.iterations = time.perf_counter(), dropped, iterations
+        self.memory = 0.0
         self.rows: list[tuple[int, SupportsInt, float, float]] = []
 
     def add(self, env_steps: int, gradient_steps: SupportsInt) -> None:
-        cpu = time.process_time() + sum(map(cpu_seconds, self.others))
+        cpu = time.process_time()
+        if len(self.rows) in (self.dropped - 1, self.iterations - 1):  # with the processes that step envs
+            others = [str(process.pid) for process in multiprocessing.active_children()]
+            cpu += sum(map(cpu_seconds, others))
+            self.memory = peak_memory_mb() + sum(map(peak_memory_mb, others))
         self.rows.append((env_steps, gradient_steps, time.perf_counter(), cpu))
 
     def result(self, reached: float) -> dict[str, float]:
@@ -335,20 +340,20 @@ class Stamps:
             "sps": (steps1 - steps0) / (wall1 - wall0),
             "steps_per_cpu_second": (steps1 - steps0) / (cpu1 - cpu0),
             "return": reached,
-            "memory_mb": peak_memory_mb(),
+            "memory_mb": self.memory or peak_memory_mb(),
         }
 
 
-def cpu_seconds(process: int) -> float:
+def cpu_seconds(process: str) -> float:
     """What another process has had of the processor."""
     used = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:13]
     return sum(map(int, used)) / os.sysconf("SC_CLK_TCK")
 
 
-def peak_memory_mb() -> float:
-    """The most memory this process has held, MB; ru_maxrss would also count its parent's at the fork."""
+def peak_memory_mb(process: str = "self") -> float:
+    """The most memory a process has held, MB; ru_maxrss would also count its parent's at the fork."""
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
         return int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) / 1024
     except (OSError, StopIteration):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -359,17 +364,9 @@ def measure_pgrl(workload: Workload, seed: int, setup: Setup, folder: Path) -> d
     """Train with pgrl; the stamps are taken around `update` of whichever agent runs."""
     import pgrl
     from pgrl.agents import Agent
-    from pgrl.envs import processes
     from pgrl.logger import read_rows
 
-    stamps = Stamps(workload.dropped)
-    began = processes.Worker.__init__
-
-    def begin(worker: Any, *arguments: Any) -> None:
-        began(worker, *arguments)
-        stamps.others = [*stamps.others, worker._process.pid]
-
-    processes.Worker.__init__ = begin  # type: ignore[method-assign]
+    stamps = Stamps(workload.dropped, workload.iterations)
     for agent in Agent.__subclasses__():
         agent.update = stamped(agent.update, stamps)  # type: ignore[method-assign]
     size = f"env={workload.env} num_envs={workload.num_envs} total_timesteps={workload.total_timesteps}"
@@ -414,7 +411,7 @@ def measure_peer(workload: Workload, seed: int, setup: Setup, folder: Path) -> d
     register_optimizer_step_post_hook(count)
     module, _, name = workload.peer.partition(":")
     algorithm = getattr(import_module(module), name)
-    stamps = Stamps(workload.dropped)
+    stamps = Stamps(workload.dropped, workload.iterations)
 
     def train(model: Any, *rest: Any, **named: Any) -> None:
         algorithm.train(model, *rest, **named)
@@ -424,7 +421,6 @@ def measure_peer(workload: Workload, seed: int, setup: Setup, folder: Path) -> d
 
     kind = SubprocVecEnv if setup.processes > 1 else DummyVecEnv
     env = make_vec_env(workload.env, n_envs=workload.num_envs, seed=seed, vec_env_cls=kind)
-    stamps.others = [process.pid for process in getattr(env, "processes", [])]
     settings = dict(workload.settings)
     if "action_noise" in settings:  # its standard deviation; the object is the peer's
         import numpy as np

@@ -125,6 +125,20 @@ class Fragile(gymnasium.Env[Any, Any]):
         return obs, 0.0, self.calls["step"] % 5 == 0, False, {}
 
 
+class Careless(gymnasium.Env[Any, Any]):
+    """Observations of NumPy's global generator, which no reset seeds."""
+
+    observation_space = spaces.Box(0, 1, (1,), np.float32)
+    action_space = spaces.Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        return np.random.random(1).astype(np.float32), {}
+
+    def step(self, action: int) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        return np.random.random(1).astype(np.float32), 0.0, False, False, {}
+
+
 class NaNReward(Counter):
     """Counter, but the third step of an episode pays NaN."""
 
@@ -156,6 +170,7 @@ gymnasium.register("AnySpaces-v0", AnySpaces)
 gymnasium.register("Drifting-v0", Drifting)
 gymnasium.register("Fragile-v0", Fragile)
 gymnasium.register("NaNReward-v0", NaNReward)
+gymnasium.register("Careless-v0", Careless)
 gymnasium.register("NoPackage-v0", "a_package_that_nobody_has.envs:Env")
 
 NAMES = [

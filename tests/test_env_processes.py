@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium.spaces as spaces
+import numpy as np
 import pytest
 import torch
 from tests.faults.test_resume import equal
@@ -21,10 +22,12 @@ from torch import Tensor
 
 import pgrl
 from pgrl import checkpoint
+from pgrl.config import compose
 from pgrl.data import Rollout, action_rows
 from pgrl.envs import EnvConfig, GymnasiumVecEnv, ProcessesVecEnv, VecEnv, make_vec
-from pgrl.envs.processes import shares
+from pgrl.envs.processes import CALL, shares
 from pgrl.processes import WorkerError
+from pgrl.runs import build
 
 OURS = "tests.envs_for_tests:"
 PPO = ["algo=ppo", "env=CartPole-v1", "tuned=null", "num_envs=3", "algo.num_steps=32", "algo.num_minibatches=4"]
@@ -63,7 +66,10 @@ def gone(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return True
-    return Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
 
 
 @pytest.mark.parametrize(("num_envs", "processes"), [(2, 2), (5, 2), (5, 3), (7, 4), (3, 9)])
@@ -151,11 +157,80 @@ def test_a_worker_that_is_killed_is_told(busy: bool) -> None:
 def test_closing_ends_workers_whatever_they_do() -> None:
     env = vec("CartPole-v1", 4, 4)
     env.reset()
-    found = pids(env)
-    for worker in env._workers:  # as where a signal comes between the two halves of a step
-        worker.begin(actions(env, 1)[0])
+    one, two, three = env._workers
+    one.begin(actions(env, 1)[0])  # as where a signal comes between the two halves of a step
+    two.tell(CALL)  # or those of a call
+    three.call("_where", (0,))
+    start = time.perf_counter()
     env.close()
-    assert all(map(gone, found))
+    assert [worker._process.exitcode for worker in env._workers] == [0, 0, 0]
+    assert time.perf_counter() - start < 1.0
+    env.close()  # once more does nothing
+
+
+def test_a_call_with_a_large_result_that_nobody_reads_is_closed() -> None:
+    env = vec("CartPole-v1", 2, 2)
+    env.reset()
+    (worker,) = env._workers
+    worker.call("_replay", (0, np.zeros(0, np.int64)))
+    assert worker.answer() is True
+    for _ in range(50):
+        worker.call("state_dict", ())
+        worker.call("obs", ())
+    env.close()
+    assert worker._process.exitcode == 0
+
+
+def test_what_was_interrupted_cannot_be_used_any_more() -> None:
+    env = vec("CartPole-v1", 2, 2)
+    with pytest.raises(RuntimeError, match="call reset"):
+        env.step(actions(env, 1)[0])
+    env.reset()
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    env._own.answer = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        env.step(actions(env, 1)[0])
+    for call in (env.state_dict, env.reset, lambda: env.step(actions(env, 1)[0])):
+        with pytest.raises(RuntimeError, match="make new envs"):
+            call()
+    env.close()
+
+
+@pytest.mark.parametrize("end", ["", "raise SystemExit(3)", "import os, signal; os.kill(os.getpid(), signal.SIGTERM)"])
+def test_a_script_that_does_not_close_its_envs_ends(tmp_path: Path, end: str) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from pgrl.envs import EnvConfig, make_vec\nfrom pgrl.signals import Signals\n"
+        "if __name__ == '__main__':\n"
+        "    with Signals():\n"
+        "        env = make_vec(EnvConfig('CartPole-v1', processes=3), 3, 1)\n"
+        f"        {end or 'pass'}\n"
+    )
+    subprocess.run([sys.executable, script], capture_output=True, timeout=30)  # and no longer
+
+
+def test_a_run_that_cannot_begin_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+
+    def make_agent(config: Any, env: Any) -> None:
+        made.append(env)
+        raise MemoryError
+
+    monkeypatch.setattr("pgrl.runs.make_agent", make_agent)
+    with pytest.raises(MemoryError):
+        build(compose([*PPO, "env.processes=2"]))
+    assert [worker._process.exitcode for worker in made[0]._workers] == [0]
+
+
+def test_generators_of_the_processes_differ() -> None:
+    """For envs that draw from them, and not from what `reset(seed=...)` gives."""
+    env, other = (vec(OURS + "Careless-v0", 3, 3) for _ in range(2))
+    drawn = env.reset()
+    assert len(set(drawn[1:].flatten().tolist())) == 2 and equal(drawn[1:], other.reset()[1:])
+    env.close(), other.close()
 
 
 def test_a_worker_that_hangs_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:

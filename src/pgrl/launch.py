@@ -32,6 +32,7 @@ def launch(config: RunConfig) -> Path:
         config = replace(config, compile=compiled, capture=captured)
         if config.resume is None:
             run = build(config)
+            stack.callback(run.env.close)
             run_dir = configuration.new_run_dir(config)
             stack.enter_context(files.claim(run_dir))
         else:
@@ -39,7 +40,7 @@ def launch(config: RunConfig) -> Path:
             stack.enter_context(files.lock(run_dir))
             checkpoint.clean(run_dir)
             run = build(config)
-        stack.callback(run.env.close)
+            stack.callback(run.env.close)
         warnings = stack.enter_context(gathered_warnings(run_dir))
         if config.resume is not None and any((run_dir / "checkpoints").glob("step_*")):
             step, state = checkpoint.load_newest(run_dir, log.warning, rows=config.checkpoint.replay)

@@ -8,7 +8,9 @@ import signal
 import sys
 import threading
 import warnings
-from multiprocessing import forkserver, resource_tracker
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import forkserver, resource_tracker, util
 from typing import Any
 
 import torch.multiprocessing
@@ -36,19 +38,32 @@ def start_server() -> None:
     Terminals and batch systems send these signals to all processes of a run: the main one tells the others.
     """
     forkserver.set_forkserver_preload(["pgrl.asynchronous"])
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
-    try:
+    with signals_waiting():
         resource_tracker.ensure_running()  # before anything that it tracks; it unblocks some
         signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
         forkserver.ensure_running()
+
+
+@contextmanager
+def signals_waiting() -> Iterator[None]:
+    """While entered, signals that stop a run wait; processes that are started inherit that."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def kill_at_exit(owner: object, process: Any) -> util.Finalize:
+    """Kill a worker when its owner is forgotten, or else at the exit of this process, which would wait for it."""
+    return util.Finalize(owner, process.kill, exitpriority=10)
+
+
 def follow_main() -> None:
-    """In a worker: ignore what stops a run, and end with the main process, however it ends."""
+    """In a worker: take no notice of what stops a run, and end with the main process, however it ends."""
     for signum in STOPPING:
-        signal.signal(signum, signal.SIG_IGN)
+        signal.signal(signum, lambda *_: None)  # and not SIG_IGN, which programs that an env starts would inherit
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     threading.Thread(target=leave_with_main, daemon=True).start()
 
 
@@ -71,4 +86,6 @@ def refuse_in_worker() -> None:
 def how_it_died(process: Any) -> str:
     """What ended a process that has ended."""
     code = process.exitcode
+    if code is None:
+        return "it does not answer"
     return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

@@ -192,7 +192,7 @@ def build(config: RunConfig) -> Run:
                 "\nUse: algo.norm_obs=false"
             )
         agent = make_agent(config, env)
-    except UserError:
+    except BaseException:
         env.close()
         raise
     set_up(config, agent)

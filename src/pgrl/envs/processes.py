@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import builtins
 import ctypes
+import random
+import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
@@ -19,11 +22,22 @@ from pgrl import processor
 from pgrl.data import Step, action_rows
 from pgrl.envs.base import EnvConfig, Episode, new_step
 from pgrl.envs.gymnasium import GymnasiumVecEnv
-from pgrl.processes import NAME, WorkerError, context, follow_main, how_it_died, start_server
+from pgrl.processes import (
+    NAME,
+    WorkerError,
+    context,
+    follow_main,
+    how_it_died,
+    kill_at_exit,
+    signals_waiting,
+    start_server,
+)
 
 STEP, CALL, CLOSE = range(3)  # what a worker may be told
 SPINS = 2000  # tries to take a semaphore before the process sleeps for it: some 0.2 ms
-GRACE_SECONDS = 2.0  # for a worker to end by itself
+GRACE_SECONDS = 2.0  # for workers to end by themselves
+WORKER_STREAM = 3_000_017  # in the seeds of the generators of their processes
+BROKEN = "an earlier call was interrupted or failed, and the processes are out of step: make new envs"
 
 
 class Field(NamedTuple):
@@ -51,10 +65,10 @@ class Task(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What a call gave, and the warnings on the way."""
+    """What a call gave, and the warnings since the last one: their texts and categories."""
 
     result: Any
-    warnings: list[str]
+    warnings: list[tuple[str, str]]
 
 
 class Failure(NamedTuple):
@@ -79,6 +93,7 @@ class ProcessesVecEnv:
         self.obs_space, self.action_space = self._own.obs_space, self._own.action_space
         self._obs = np.zeros((num_envs, *self.obs_space.shape), self.obs_space.dtype)
         self._finished: list[Episode] = []
+        self._begun = self._broken = False
         spins = SPINS if len(sizes) <= processor.cores() else 0  # else it would keep a core from one that works
         start_server()
         self._workers: list[Worker] = []
@@ -96,24 +111,30 @@ class ProcessesVecEnv:
 
     def reset(self) -> Tensor:
         self._finished = []
-        self._obs[:] = np.concatenate([x.numpy() for x in self._everywhere("reset", [()] * (1 + len(self._workers)))])
+        self._obs[:] = np.concatenate(self._everywhere("reset"))
+        self._begun = True
         return self.obs()
 
     def obs(self) -> Tensor:
         return torch.from_numpy(self._obs.copy())
 
     def step(self, action: Tensor, out: Step | None = None) -> Step:
+        if self._broken or not self._begun:
+            raise RuntimeError(BROKEN if self._broken else "call reset or load_state_dict before step")
         out = new_step(torch.from_numpy(self._obs)) if out is None else out
         arrays = getattr(out, "arrays", None) or [x.numpy() for x in out]
-        action = action.cpu()
-        for worker in self._workers:
-            worker.begin(action)
-        own = self._own.num_envs
-        self._own.answer(action[:own], [x[:own] for x in arrays])
-        for worker in self._workers:
-            if worker.finish(arrays):
-                self._finished += self._own.episodes()  # of this step or an earlier one
-                self._finished += worker.episodes()
+        action, own = action.cpu(), self._own.num_envs
+        try:
+            for worker in self._workers:
+                worker.begin(action)
+            self._own.answer(action[:own], [x[:own] for x in arrays])
+            for worker in self._workers:
+                if worker.finish(arrays):
+                    self._finished += self._own.episodes()  # of this step or an earlier one
+                    self._finished += worker.episodes()
+        except BaseException:
+            self._broken = True
+            raise
         self._obs[:] = arrays[0]
         return out
 
@@ -122,7 +143,7 @@ class ProcessesVecEnv:
         return finished
 
     def state_dict(self) -> dict[str, Any]:
-        parts = self._everywhere("state_dict", [()] * (1 + len(self._workers)))
+        parts = self._everywhere("state_dict")
         joined: dict[str, list[Any]] = {
             key: sum((part[key] for part in parts), []) for key in ("episode", "return", "actions")
         }
@@ -139,21 +160,29 @@ class ProcessesVecEnv:
             parts.append(({"seed": state["seed"], **shared},))
             first += count
         self._everywhere("load_state_dict", parts)
-        self._obs[:] = np.concatenate([x.numpy() for x in self._everywhere("obs", [()] * len(parts))])
+        self._obs[:] = np.concatenate(self._everywhere("obs"))
+        self._begun = True
 
     def close(self) -> None:
         for worker in self._workers:
-            worker.tell(CLOSE)
+            worker.close()
+        deadline = time.monotonic() + GRACE_SECONDS
         for worker in self._workers:
-            worker.end()
+            worker.end(deadline)
         self._own.close()
 
-    def _everywhere(self, name: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
+    def _everywhere(self, name: str, arguments: Sequence[tuple[Any, ...]] | None = None) -> list[Any]:
         """The results of a method in all processes at the same time, each with arguments of its own."""
-        for worker, given in zip(self._workers, arguments[1:], strict=True):
-            worker.call(name, given)
-        own = getattr(self._own, name)(*arguments[0])
-        return [own, *(worker.answer() for worker in self._workers)]
+        if self._broken:
+            raise RuntimeError(BROKEN)
+        own, *others = arguments or [()] * (1 + len(self._workers))
+        try:
+            for worker, given in zip(self._workers, others, strict=True):
+                worker.call(name, given)
+            return [called(self._own, name, own), *(worker.answer() for worker in self._workers)]
+        except BaseException:
+            self._broken = True
+            raise
 
 
 class Worker:
@@ -173,8 +202,10 @@ class Worker:
         self._go, self._done = processes.Semaphore(0), processes.Semaphore(0)
         self._pipe, there = processes.Pipe()
         task = Task(config, first, count, of, seed, fields, memory, self._go, self._done, there, spins)
-        self._process = processes.Process(target=work, args=(task,), name=f"{NAME} {name}", daemon=True)
-        self._process.start()
+        self._process = processes.Process(target=work, args=(task,), name=f"{NAME} {name}")
+        with signals_waiting():
+            self._process.start()
+            self._killed_at_exit = kill_at_exit(self, self._process)
         there.close()
 
     def tell(self, command: int) -> None:
@@ -213,23 +244,28 @@ class Worker:
         """The result of the method that was called; WorkerError where the worker failed or died."""
         try:
             answer = self._pipe.recv()
-        except (EOFError, OSError):
+        except (EOFError, ConnectionError):
             raise self._died() from None
         if isinstance(answer, Failure):
             error = WorkerError(f"{self._name} failed: {answer.message}")
             error.add_note(answer.trace)
             raise error
-        for text in answer.warnings:
-            warnings.warn(text, stacklevel=2)
+        for text, category in answer.warnings:
+            warnings.warn(text, getattr(builtins, category, UserWarning), stacklevel=2)
         return answer.result
 
-    def end(self) -> None:
-        """Wait for its end, after CLOSE; one that takes too long is killed."""
-        self._process.join(GRACE_SECONDS)
+    def close(self) -> None:
+        """Ask it to end; what it may be sending is not read."""
+        self.tell(CLOSE)
+        self._pipe.close()
+
+    def end(self, deadline: float) -> None:
+        """Wait for its end; one that is not there at the deadline is killed."""
+        self._process.join(max(0.0, deadline - time.monotonic()))
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
-        self._pipe.close()
+        self._killed_at_exit.cancel()
 
     def _died(self) -> WorkerError:
         self._process.join(GRACE_SECONDS)
@@ -274,7 +310,7 @@ def arrays_in(memory: Any, fields: list[Field]) -> dict[str, NDArray[Any]]:
     return found
 
 
-def wait_for(semaphore: Any, spins: int, alive: Callable[[], bool]) -> bool:
+def wait_for(semaphore: Any, spins: int, alive: Callable[[], bool] = lambda: True) -> bool:
     """Take a semaphore, at first without sleeping, for waking up takes longer than a step; False if nobody is alive."""
     for _ in range(spins):
         if semaphore.acquire(False):
@@ -285,16 +321,29 @@ def wait_for(semaphore: Any, spins: int, alive: Callable[[], bool]) -> bool:
     return True
 
 
+def called(envs: GymnasiumVecEnv, name: str, arguments: tuple[Any, ...]) -> Any:
+    """The result of a method, observations as an array."""
+    result = getattr(envs, name)(*arguments)
+    return result.numpy() if isinstance(result, Tensor) else result
+
+
 def work(task: Task) -> None:
     """The life of a worker process."""
     follow_main()
     torch.set_num_threads(1)
+    own = np.random.SeedSequence([task.seed, WORKER_STREAM, task.first]).generate_state(1)
+    torch.manual_seed(int(own[0]))  # for envs that draw from the process's generators
+    np.random.seed(own)
+    random.seed(int(own[0]))
+    met: list[tuple[str, str]] = []
+    warnings.showwarning = lambda message, category, *_, **__: met.append((str(message), category.__name__))
     shared = arrays_in(task.memory, task.fields)
     with suppress(ConnectionError):  # nobody listens any more
         try:
             envs = GymnasiumVecEnv(task.config, task.number, task.seed, first=task.first, of=task.of)
-            task.pipe.send(Answer(None, []))
-            serve(task, envs, shared)
+            task.pipe.send(Answer(None, met.copy()))
+            met.clear()
+            serve(task, envs, shared, met)
             envs.close()
         except Exception as error:
             text = "\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])])
@@ -303,21 +352,19 @@ def work(task: Task) -> None:
             task.pipe.send(Failure(text, "".join(traceback.format_exception(error))))
 
 
-def serve(task: Task, envs: GymnasiumVecEnv, shared: dict[str, NDArray[Any]]) -> None:
-    """Step the envs and call their methods, as the main process says, until it says CLOSE."""
+def serve(task: Task, envs: GymnasiumVecEnv, shared: dict[str, NDArray[Any]], met: list[tuple[str, str]]) -> None:
+    """Step the envs and call their methods, as the main process says, until it says CLOSE; `met` gathers warnings."""
     action = torch.from_numpy(shared["action"])
     rows = [shared[name] for name in Step._fields]
     command, ended, lengths, returns = (shared[name] for name in ("command", "ended", "lengths", "returns"))
     while True:
-        wait_for(task.go, task.spins, lambda: True)  # without the main process this one ends by itself
+        wait_for(task.go, task.spins)  # without the main process this one ends by itself
         if command[0] == CLOSE:
             return
         if command[0] == CALL:
-            name, arguments = task.pipe.recv()
-            with warnings.catch_warnings(record=True) as met:
-                warnings.simplefilter("always")
-                result = getattr(envs, name)(*arguments)
-            task.pipe.send(Answer(result, [str(warning.message) for warning in met]))
+            result = called(envs, *task.pipe.recv())
+            task.pipe.send(Answer(result, met.copy()))
+            met.clear()
             continue
         envs.answer(action, rows)
         episodes = envs.episodes()
