@@ -96,8 +96,9 @@ def plot(results: dict[str, list[dict[str, float]]], path: Path) -> None:
 
     from plot_curves import BLUE, GREY, save
 
-    figure = Figure(figsize=(9, 4.6), layout="constrained")
-    rows = figure.subplots(2, len(SWEEPS), height_ratios=[2, 1])
+    figure = Figure(figsize=(11.5, 4.6), layout="constrained")
+    widths = [2 + len(results.get(name, [])) for name in SWEEPS]
+    rows = figure.subplots(2, len(SWEEPS), height_ratios=[2, 1], width_ratios=widths)
     for column, (name, (values, _)) in enumerate(SWEEPS.items()):
         measured = results.get(name, [])
         places = range(len(measured))
@@ -106,7 +107,7 @@ def plot(results: dict[str, list[dict[str, float]]], path: Path) -> None:
         top.bar(places, collect, 0.7, color=BLUE, label="collecting")
         top.bar(places, update, 0.7, bottom=collect, color="#b5b5b5", label="update")
         bottom.plot(places, [m["memory_mb"] for m in measured], color=BLUE, marker="o", markersize=3)
-        bottom.set_ylim(bottom=0)
+        bottom.set_ylim(0, 1.1 * max((m["memory_mb"] for m in measured), default=1.0))
         bottom.set_xlabel(name, fontsize=9)
         for axes in (top, bottom):
             axes.set_xticks(places, [f"{value}" for value in values[: len(measured)]], fontsize=7, color=GREY)

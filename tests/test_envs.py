@@ -48,7 +48,7 @@ def vec(name: str, num_envs: int = 2, seed: int = SEED, *, backend: str = "gymna
     if backend != PROCESSES:
         return make_vec(EnvConfig(name, backend, max_episode_steps=limit, kwargs=options), num_envs, seed)
     name = f"tests.envs_for_tests:{name}" if name in envs_for_tests.NAMES else name
-    return make_vec(EnvConfig(name, "gymnasium", 3, limit, options), num_envs, seed)
+    return make_vec(EnvConfig(name, "gymnasium", limit, options, processes=3), num_envs, seed)
 
 
 def random_actions(env: VecEnv, steps: int, seed: int = 0) -> Tensor:

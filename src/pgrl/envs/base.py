@@ -19,9 +19,9 @@ class EnvConfig:
 
     id: str = "CartPole-v1"  # a registered Gymnasium id, or package:Id-v0; with envpool, one of its own
     backend: str = "gymnasium"  # who steps them: gymnasium, envpool, or torch: classic control as tensors on `device`
-    processes: int = 1  # that step Gymnasium's envs side by side, this one among them; the run is the same
     max_episode_steps: int | None = None  # another time limit than the registered one
     kwargs: dict[str, Any] = field(default_factory=dict)  # passed to gymnasium.make or envpool.make
+    processes: int = 1  # that step Gymnasium's envs side by side, this one among them; the run is the same
 
 
 class Episode(NamedTuple):
