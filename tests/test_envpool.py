@@ -196,7 +196,7 @@ def test_evaluation_is_in_gymnasiums_env_where_it_is_the_same_one(pools: list[Po
         assert to_evaluate(other) is other, name
     del gymnasium.registry["Table-v0"]
     plain = EnvConfig("Counter-v1")
-    assert to_evaluate(plain) is plain
+    assert to_evaluate(plain) == plain == to_evaluate(EnvConfig("Counter-v1", processes=4))
     assert pools == []  # spaces are known without envs
 
 
