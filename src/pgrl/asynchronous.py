@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import time
-import traceback
 from contextlib import closing, suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
@@ -23,7 +22,7 @@ from pgrl.config import RunConfig
 from pgrl.data import Rollout
 from pgrl.envs import Episode
 from pgrl.errors import NonFiniteError
-from pgrl.processes import NAME, WorkerError, context, follow_main, how_it_died, start_server
+from pgrl.processes import NAME, Failure, WorkerError, context, failure, follow_main, how_it_died, start_server
 from pgrl.runs import Run, build
 from pgrl.signals import Signals, Stop
 from pgrl.train import check_finite, collect
@@ -42,13 +41,6 @@ class Report(NamedTuple):
     updates: list[tuple[dict[str, float], list[Episode]]]  # the metrics of each, and the episodes that ended before it
     collecting: float  # seconds
     updating: float  # seconds
-
-
-class Failure(NamedTuple):
-    """What a worker raised, as text."""
-
-    message: str
-    trace: str
 
 
 class Task(NamedTuple):
@@ -187,8 +179,7 @@ def work(task: Task) -> None:
         try:
             learn(task)
         except Exception as error:
-            trace = "".join(traceback.format_exception(error))
-            task.reports.send(Failure(f"{type(error).__name__}: {error}", trace))
+            task.reports.send(failure(error))
             raise SystemExit(1) from None
 
 

@@ -27,7 +27,7 @@ from pgrl.agents import Agent
 from pgrl.config import EvaluateConfig, RunConfig
 from pgrl.envs import EnvConfig, make_vec, to_evaluate
 from pgrl.errors import CheckpointError
-from pgrl.runs import MISFITS, make_agent, misfit, set_up
+from pgrl.runs import load_agent, make_agent, set_up
 
 MAX_ENVS = 32
 LONGEST = 10_000  # steps of an episode of an env that has no time limit
@@ -129,10 +129,7 @@ def restored(run_dir: Path, which: str) -> tuple[Agent, RunConfig, int]:
     env = make_vec(config.env, 1, config.seed)
     agent = make_agent(config, env)
     env.close()
-    try:
-        agent.load_state_dict(state["agent"])
-    except MISFITS as error:
-        raise misfit(state, error) from error
+    load_agent(agent, state)
     return agent, config, step
 
 

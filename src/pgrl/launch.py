@@ -86,7 +86,7 @@ def launch(config: RunConfig) -> Path:
             log.exception("the run failed")
             if isinstance(error, NonFiniteError):
                 smaller = (f"algo.{k}={v / 10:g}" for k, v in vars(config.algo).items() if k.endswith(RATES) and v)
-                error.add_note(f"Smaller steps may keep it finite, such as {' '.join(smaller)}")
+                error.add_note(f"If it is the learning that diverges, take smaller steps, such as {' '.join(smaller)}")
                 error.add_note(f"Where it came up: {run_dir / 'train.log'}")
             raise
         finally:

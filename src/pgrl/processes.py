@@ -7,11 +7,12 @@ import os
 import signal
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker, util
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.multiprocessing
 
@@ -25,6 +26,19 @@ warnings.filterwarnings("ignore", "'pgrl.train' found in sys.modules", RuntimeWa
 
 class WorkerError(RuntimeError):
     """A worker failed or died, which ends the run."""
+
+
+class Failure(NamedTuple):
+    """What a worker raised, as text: a pipe would have to pickle the error itself."""
+
+    message: str
+    trace: str
+
+
+def failure(error: Exception) -> Failure:
+    """What to tell the main process of an error."""
+    message = "\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])])
+    return Failure(message, "".join(traceback.format_exception(error)))
 
 
 def context() -> Any:

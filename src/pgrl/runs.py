@@ -94,33 +94,44 @@ class Run:
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a snapshot's state; warns of what may make the continuation round differently.
 
-        CheckpointError where the state has not what this version of pgrl asks for, or is of another configuration.
+        CheckpointError where the state has not what this version of pgrl asks for, or the agent is of another config.
         """
         now = made_with(self.agent)
+        load_agent(self.agent, state)
         try:
             for name, part in vars(self).items():
-                part.load_state_dict(state[name])
-        except MISFITS as error:
-            raise misfit(state, error) from error
+                if name != "agent":
+                    part.load_state_dict(state[name])
+        except KeyError as error:
+            raise of_another_version(state, error) from error
         changed = [f"{k} was {v}, is {now.get(k)}" for k, v in state["made_with"].items() if v != now.get(k)]
         if changed:
             log.warning("the run goes on, but perhaps not bit for bit: %s", ", ".join(changed))
 
 
-MISFITS = (KeyError, RuntimeError, TypeError, ValueError)  # what load_state_dict raises for the state of another object
-
-
-def misfit(state: dict[str, Any], error: Exception) -> CheckpointError:
-    """What to say of a checkpoint that lacks what this version of pgrl asks for, or that belongs to another config."""
-    if not isinstance(error, KeyError):
-        return CheckpointError(
+def load_agent(agent: Agent, state: dict[str, Any]) -> None:
+    """Restore the agent of a run from a checkpoint's state; CheckpointError where that is of another agent."""
+    try:
+        agent.load_state_dict(state["agent"])
+    except KeyError as error:
+        raise of_another_version(state, error) from error
+    except (
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:  # other shapes, or a part that the other had and this has not
+        raise CheckpointError(
             f"the checkpoint is not of the configuration in config.yaml: {' '.join(str(error).split())[:200]}\n"
             "Undo the changes to config.yaml, or start a new run with them: python -m pgrl.train"
-        )
+        ) from error
+
+
+def of_another_version(state: dict[str, Any], missing: KeyError) -> CheckpointError:
+    """What to say of a checkpoint that lacks what this version of pgrl asks for."""
     was, now = state.get("made_with", {}).get("pgrl", "another version"), versions().get("pgrl")
     by = f"an earlier state of pgrl {now}" if was == now else f"pgrl {was}"
     return CheckpointError(
-        f"the checkpoint was made by {by} and has no {error}, which this pgrl, {now}, needs.\n"
+        f"the checkpoint was made by {by} and has no {missing}, which this pgrl, {now}, needs.\n"
         "Go on with the code that made it, or start a new run: python -m pgrl.train"
     )
 

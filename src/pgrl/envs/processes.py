@@ -6,7 +6,6 @@ import builtins
 import ctypes
 import random
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -24,8 +23,10 @@ from pgrl.envs.base import EnvConfig, Episode, new_step
 from pgrl.envs.gymnasium import GymnasiumVecEnv
 from pgrl.processes import (
     NAME,
+    Failure,
     WorkerError,
     context,
+    failure,
     follow_main,
     how_it_died,
     kill_at_exit,
@@ -40,28 +41,30 @@ WORKER_STREAM = 3_000_017  # in the seeds of the generators of their processes
 BROKEN = "an earlier call was interrupted or failed, and the processes are out of step: make new envs"
 
 
-class Field(NamedTuple):
-    """One array of the memory that the main process shares with a worker."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-
 class Task(NamedTuple):
-    """What a worker is given."""
+    """The envs of a worker."""
 
     config: EnvConfig
     first: int  # the number of its first env
     number: int  # of its envs
     of: int  # all envs
     seed: int
-    fields: list[Field]
-    memory: Any
+
+
+class Link(NamedTuple):
+    """What a worker and the main process have in common."""
+
+    memory: Any  # the bytes of one `layout`
+    layout: np.dtype[Any]
     go: Any  # semaphores: the worker may go on, the worker is done
     done: Any
-    pipe: Connection
+    pipe: Connection  # the worker's end
     spins: int
+
+    def fields(self) -> dict[str, NDArray[Any]]:
+        """The arrays in the memory, by their names."""
+        one = np.frombuffer(self.memory, self.layout)
+        return {name: one[name][0] if one[name].ndim > 1 else one[name] for name in self.layout.names or ()}
 
 
 class Answer(NamedTuple):
@@ -69,13 +72,6 @@ class Answer(NamedTuple):
 
     result: Any
     warnings: list[tuple[str, str]]
-
-
-class Failure(NamedTuple):
-    """What a worker raised, as text."""
-
-    message: str
-    trace: str
 
 
 class ProcessesVecEnv:
@@ -99,10 +95,9 @@ class ProcessesVecEnv:
         self._workers: list[Worker] = []
         try:
             for k, size in enumerate(sizes[1:], 1):
-                fields = shared_fields(self.obs_space, self.action_space, size)
-                self._workers.append(
-                    Worker(f"{k + 1} of {len(sizes)}", config, sum(sizes[:k]), size, num_envs, seed, fields, spins)
-                )
+                task = Task(config, sum(sizes[:k]), size, num_envs, seed)
+                kind = layout(self.obs_space, self.action_space, size)
+                self._workers.append(Worker(f"{k + 1} of {len(sizes)}", task, kind, spins))
             for worker in self._workers:
                 worker.answer()
         except BaseException:
@@ -154,11 +149,11 @@ class ProcessesVecEnv:
         if len(state["actions"]) != self.num_envs:
             raise ValueError(f"a state of {len(state['actions'])} envs does not fit {self.num_envs} envs")
         self._finished, parts, first = [], [], 0
-        for count in [self._own.num_envs, *(worker.count for worker in self._workers)]:
-            rows = slice(first, first + count)
-            shared = {key: state[key][rows] for key in ("episode", "return", "obs", "actions")}
-            parts.append(({"seed": state["seed"], **shared},))
-            first += count
+        for number in [self._own.num_envs, *(worker.task.number for worker in self._workers)]:
+            rows = slice(first, first + number)
+            theirs = {key: state[key][rows] for key in ("episode", "return", "obs", "actions")}
+            parts.append(({"seed": state["seed"], **theirs},))
+            first += number
         self._everywhere("load_state_dict", parts)
         self._obs[:] = np.concatenate(self._everywhere("obs"))
         self._begun = True
@@ -186,23 +181,20 @@ class ProcessesVecEnv:
 
 
 class Worker:
-    """A worker process as the main process sees it: envs `first` to `first + count - 1` of `of`."""
+    """A worker process as the main process sees it."""
 
-    def __init__(
-        self, name: str, config: EnvConfig, first: int, count: int, of: int, seed: int, fields: list[Field], spins: int
-    ) -> None:
-        self.first, self.count = first, count
-        self._name, self._rows, self._spins = f"env process {name}", slice(first, first + count), spins
+    def __init__(self, name: str, task: Task, kind: np.dtype[Any], spins: int) -> None:
+        self.task, self._name = task, f"env process {name}"
+        self._rows = slice(task.first, task.first + task.number)  # of the rows of all envs
         processes = context()
-        memory = processes.RawArray(ctypes.c_byte, nbytes(fields))
-        shared = arrays_in(memory, fields)
-        self._command, self._action, self._ended = shared["command"], shared["action"], shared["ended"]
-        self._returns, self._lengths = shared["returns"], shared["lengths"]
-        self._answers = [shared[name] for name in Step._fields]
-        self._go, self._done = processes.Semaphore(0), processes.Semaphore(0)
         self._pipe, there = processes.Pipe()
-        task = Task(config, first, count, of, seed, fields, memory, self._go, self._done, there, spins)
-        self._process = processes.Process(target=work, args=(task,), name=f"{NAME} {name}")
+        memory = processes.RawArray(ctypes.c_byte, kind.itemsize)
+        self._link = Link(memory, kind, processes.Semaphore(0), processes.Semaphore(0), there, spins)
+        fields = self._link.fields()
+        self._command, self._action, self._ended = fields["command"], fields["action"], fields["ended"]
+        self._returns, self._lengths = fields["returns"], fields["lengths"]
+        self._answers = [fields[name] for name in Step._fields]
+        self._process = processes.Process(target=work, args=(task, self._link), name=f"{NAME} {name}")
         with signals_waiting():
             self._process.start()
             self._killed_at_exit = kill_at_exit(self, self._process)
@@ -211,7 +203,7 @@ class Worker:
     def tell(self, command: int) -> None:
         """Wake the worker for a command."""
         self._command[0] = command
-        self._go.release()
+        self._link.go.release()
 
     def begin(self, action: Tensor) -> None:
         """Let its envs step, with their share of the actions [B, ...] of all."""
@@ -220,7 +212,7 @@ class Worker:
 
     def finish(self, arrays: list[NDArray[Any]]) -> int:
         """Wait for the step that was begun, and put it into the rows [B, ...] of all; how many episodes ended."""
-        if not wait_for(self._done, self._spins, self._process.is_alive):
+        if not wait_for(self._link.done, self._link.spins, self._process.is_alive):
             raise self._died()
         ended = int(self._ended[0])
         if ended < 0:
@@ -232,7 +224,7 @@ class Worker:
     def episodes(self) -> list[Episode]:
         """Those that ended in the last step."""
         over = np.flatnonzero(self._lengths)
-        return [Episode(float(self._returns[i]), int(self._lengths[i]), self.first + int(i)) for i in over]
+        return [Episode(float(self._returns[i]), int(self._lengths[i]), self.task.first + int(i)) for i in over]
 
     def call(self, name: str, arguments: tuple[Any, ...]) -> None:
         """Begin a method of its GymnasiumVecEnv; `answer` has the result."""
@@ -278,36 +270,23 @@ def shares(num_envs: int, processes: int) -> list[int]:
     return [(num_envs + k) // processes for k in range(processes)]
 
 
-def shared_fields(obs_space: Any, action_space: Any, count: int) -> list[Field]:
-    """What lies in the memory of a worker with `count` envs."""
+def layout(obs_space: Any, action_space: Any, number: int) -> np.dtype[Any]:
+    """What lies in the memory of a worker with so many envs."""
     shape, dtype = action_rows(action_space)
-    obs = (count, *obs_space.shape), str(obs_space.dtype)
-    return [
-        Field("command", (1,), "int64"),
-        Field("ended", (1,), "int64"),  # episodes, in the last step; -1: the worker failed
-        Field("action", (count, *shape), str(dtype).removeprefix("torch.")),
-        Field("obs", *obs),
-        Field("reward", (count,), "float32"),
-        Field("terminated", (count,), "bool"),
-        Field("truncated", (count,), "bool"),
-        Field("next_obs", *obs),
-        Field("returns", (count,), "float64"),  # of the episodes that ended in the last step
-        Field("lengths", (count,), "int64"),  # theirs; 0 where none ended
+    obs = str(obs_space.dtype), (number, *obs_space.shape)
+    fields: list[Any] = [
+        ("command", "int64"),
+        ("ended", "int64"),  # episodes, in the last step; -1: the worker failed
+        ("action", str(dtype).removeprefix("torch."), (number, *shape)),
+        ("obs", *obs),
+        ("reward", "float32", (number,)),
+        ("terminated", "bool", (number,)),
+        ("truncated", "bool", (number,)),
+        ("next_obs", *obs),
+        ("returns", "float64", (number,)),  # of the episodes that ended in the last step
+        ("lengths", "int64", (number,)),  # theirs; 0 where none ended
     ]
-
-
-def nbytes(fields: list[Field]) -> int:
-    """The size of the memory, each field in cache lines of its own."""
-    return sum(-(-int(np.prod(f.shape)) * np.dtype(f.dtype).itemsize // 64) * 64 for f in fields)
-
-
-def arrays_in(memory: Any, fields: list[Field]) -> dict[str, NDArray[Any]]:
-    """The fields as arrays, by their names."""
-    found, at = {}, 0
-    for f in fields:
-        found[f.name] = np.frombuffer(memory, f.dtype, int(np.prod(f.shape)), at).reshape(f.shape)
-        at += nbytes([f])
-    return found
+    return np.dtype(fields, align=True)
 
 
 def wait_for(semaphore: Any, spins: int, alive: Callable[[], bool] = lambda: True) -> bool:
@@ -327,7 +306,7 @@ def called(envs: GymnasiumVecEnv, name: str, arguments: tuple[Any, ...]) -> Any:
     return result.numpy() if isinstance(result, Tensor) else result
 
 
-def work(task: Task) -> None:
+def work(task: Task, link: Link) -> None:
     """The life of a worker process."""
     follow_main()
     torch.set_num_threads(1)
@@ -337,33 +316,31 @@ def work(task: Task) -> None:
     random.seed(int(own[0]))
     met: list[tuple[str, str]] = []
     warnings.showwarning = lambda message, category, *_, **__: met.append((str(message), category.__name__))
-    shared = arrays_in(task.memory, task.fields)
     with suppress(ConnectionError):  # nobody listens any more
         try:
             envs = GymnasiumVecEnv(task.config, task.number, task.seed, first=task.first, of=task.of)
-            task.pipe.send(Answer(None, met.copy()))
+            link.pipe.send(Answer(None, met.copy()))
             met.clear()
-            serve(task, envs, shared, met)
+            serve(task, link, envs, met)
             envs.close()
         except Exception as error:
-            text = "\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])])
-            shared["ended"][0] = -1
-            task.done.release()
-            task.pipe.send(Failure(text, "".join(traceback.format_exception(error))))
+            link.fields()["ended"][0] = -1
+            link.done.release()
+            link.pipe.send(failure(error))
 
 
-def serve(task: Task, envs: GymnasiumVecEnv, shared: dict[str, NDArray[Any]], met: list[tuple[str, str]]) -> None:
+def serve(task: Task, link: Link, envs: GymnasiumVecEnv, met: list[tuple[str, str]]) -> None:
     """Step the envs and call their methods, as the main process says, until it says CLOSE; `met` gathers warnings."""
-    action = torch.from_numpy(shared["action"])
-    rows = [shared[name] for name in Step._fields]
-    command, ended, lengths, returns = (shared[name] for name in ("command", "ended", "lengths", "returns"))
+    fields = link.fields()
+    action, rows = torch.from_numpy(fields["action"]), [fields[name] for name in Step._fields]
+    command, ended, lengths, returns = (fields[name] for name in ("command", "ended", "lengths", "returns"))
     while True:
-        wait_for(task.go, task.spins)  # without the main process this one ends by itself
+        wait_for(link.go, link.spins)  # without the main process this one ends by itself
         if command[0] == CLOSE:
             return
         if command[0] == CALL:
-            result = called(envs, *task.pipe.recv())
-            task.pipe.send(Answer(result, met.copy()))
+            result = called(envs, *link.pipe.recv())
+            link.pipe.send(Answer(result, met.copy()))
             met.clear()
             continue
         envs.answer(action, rows)
@@ -373,4 +350,4 @@ def serve(task: Task, envs: GymnasiumVecEnv, shared: dict[str, NDArray[Any]], me
             for episode in episodes:
                 i = episode.env - task.first
                 returns[i], lengths[i] = episode.env_return, episode.length
-        task.done.release()
+        link.done.release()
