@@ -6,14 +6,10 @@ Nothing here imports torch before the command is found good, so that a wrong one
 from __future__ import annotations
 
 import argparse
-import re
-import secrets
 import shlex
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from importlib.metadata import version
 from operator import attrgetter
 from pathlib import Path
@@ -28,9 +24,10 @@ from omegaconf.errors import OmegaConfBaseException
 from pgrl import checkpoint, env_ids
 from pgrl.config import checks, composition, schema
 from pgrl.config.capturing import decide_capture
-from pgrl.config.checks import Problem, Wrong, is_run, read_status
+from pgrl.config.checks import Problem, Wrong
 from pgrl.config.compilation import decide_compile
 from pgrl.config.composition import key_of, values_of
+from pgrl.config.folders import is_run, load_run, new_run_dir, newest_runs, read_run, read_status, save_config
 from pgrl.config.schema import EvaluateConfig, RunConfig, config_dir
 from pgrl.errors import NonFiniteError, UserError
 from pgrl.signals import Stop
@@ -46,6 +43,7 @@ __all__ = [
     "load_run",
     "main",
     "new_run_dir",
+    "save_config",
     "verify_main",
 ]
 
@@ -266,12 +264,6 @@ def resumed(config: RunConfig, given: dict[str, str]) -> RunConfig:
     return run
 
 
-def newest_runs() -> list[Path]:
-    """The folders under runs/, the newest first."""
-    found = [path.parent for path in Path("runs").glob("*/*/*/config.yaml")]
-    return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
-
-
 def sweep(words: list[str], job: Callable[[RunConfig], object]) -> None:
     """Run every combination, in turn or as a Hydra launcher does; all are checked before the first begins."""
     if not any(text.startswith("hydra/sweeper=") for text in words):
@@ -317,43 +309,6 @@ def every_one(jobs: Sequence[list[str]]) -> list[RunConfig]:
         values = dict.fromkeys([value, *(text.partition("=")[2] for text in texts)])
         kept.append(f"{key}={','.join(values)}")
     raise UserError(f"{why}\nTry: {TRAIN} -m {shlex.join(kept)}")
-
-
-# -------------------------------------------------------------------------------------------------------- run folders
-
-
-def new_run_dir(config: RunConfig) -> Path:
-    """The folder of a new run: `run_dir`, or a name of its own under runs/<algo>/<env>."""
-    if config.run_dir is not None:
-        return Path(config.run_dir)
-    env = re.sub(r"[^\w.-]+", "_", config.env.id)
-    name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_seed{config.seed}_{secrets.token_hex(4)}"
-    return Path("runs", schema.algo_name(config.algo), env, name)
-
-
-def save_config(config: RunConfig) -> str:
-    """The YAML text of a whole configuration; `load_run` reads it."""
-    tree = asdict(config)
-    tree["algo"] = {"name": schema.algo_name(config.algo), **tree["algo"]}
-    return OmegaConf.to_yaml(OmegaConf.create(tree))
-
-
-def load_run(run_dir: Path) -> RunConfig:
-    """The configuration that a run was started with; UserError if `run_dir` is not the folder of a run."""
-    return schema.real(read_run(run_dir))  # type: ignore[no-any-return]
-
-
-def read_run(run_dir: Path) -> RunConfig:
-    """As `load_run`, in the schema's own classes, without importing torch."""
-    try:
-        tree: Any = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
-        algo = schema.ALGOS[tree["algo"].pop("name")]
-        config = OmegaConf.merge(OmegaConf.structured(RunConfig), {"algo": OmegaConf.structured(algo)}, tree)
-        return OmegaConf.to_object(config)  # type: ignore[return-value]
-    except Exception as error:  # whatever foreign contents may raise
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        text = f"{run_dir} is not the folder of a run of this pgrl: its config.yaml cannot be used ({why})."
-        raise UserError(f"{text}\nTry: {TRAIN} {' '.join(EXAMPLE)}") from None
 
 
 # --------------------------------------------------------------------------------------------------------- evaluation

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pgrl.config import schema
 from pgrl.config.capturing import obstacles
+from pgrl.config.folders import is_run, read_status
 from pgrl.files import is_unused
 
 if TYPE_CHECKING:
@@ -444,20 +445,6 @@ def wrong_folder(run_dir: Path, given: bool) -> Iterator[Problem]:
 def free_name(path: Path) -> Path:
     """A path beside `path` where nothing is yet."""
     return next(p for n in range(2, 10_000) if not os.path.lexists(p := path.with_name(f"{path.name}-{n}")))
-
-
-def is_run(folder: Path) -> bool:
-    """Whether a folder is that of a run."""
-    return (folder / "config.yaml").is_file()
-
-
-def read_status(run_dir: Path) -> dict[str, Any]:
-    """What status.json says, {} where there is none."""
-    try:
-        status = json.loads((run_dir / "status.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return status if isinstance(status, dict) else {}
 
 
 def check(config: RunConfig, keys: dict[str, schema.Key]) -> list[Problem]:

@@ -35,7 +35,7 @@ from pgrl.processes import (
 )
 
 STEP, CALL, CLOSE = range(3)  # what a worker may be told
-SPINS = 2000  # tries to take a semaphore before the process sleeps for it: some 0.2 ms
+SPINS = 2000  # tries to take a semaphore before the process sleeps for it
 GRACE_SECONDS = 2.0  # for workers to end by themselves
 WORKER_STREAM = 3_000_017  # in the seeds of the generators of their processes
 BROKEN = "an earlier call was interrupted or failed, and the processes are out of step: make new envs"
