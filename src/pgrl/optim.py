@@ -7,6 +7,7 @@ Gradients, moments and parameters are flat vectors: an optimiser is a handful of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -68,8 +69,10 @@ class Adam:
         gradient = gradient if divisor is None else gradient / divisor
         self._m.lerp_(gradient, 1.0 - self._beta1)
         self._v.mul_(self._beta2).addcmul_(gradient, gradient, value=1.0 - self._beta2)
-        root = (self._v / (1.0 - self._beta2**self._steps)).sqrt() + self._eps
-        return lr / (1.0 - self._beta1**self._steps) * self._m / root
+        # 1 - beta ** steps: the compiler computes it again for every few entries, and `pow` one number at a time
+        bias1, bias2 = (-torch.expm1(self._steps * math.log(beta)) for beta in (self._beta1, self._beta2))
+        root = (self._v / bias2).sqrt() + self._eps
+        return lr / bias1 * self._m / root
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"m": self._m, "v": self._v, "steps": self._steps}
