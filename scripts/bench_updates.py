@@ -38,8 +38,7 @@ WAYS = {  # compiled, as pgrl sets the process up
 
 def measure(algo: str, way: str, threads: int, updates: int) -> dict[str, float]:
     """Milliseconds of an update's gradient steps, of all the rest of its env step, and of the floor."""
-    import pgrl
-    from pgrl.agents.off_policy import Target
+    import pgrl.agents
 
     compiled, tuned = WAYS[way]
     if not tuned:
@@ -58,7 +57,6 @@ def measure(algo: str, way: str, threads: int, updates: int) -> dict[str, float]
 
         return wrapper
 
-    Target.follow = timed(Target.follow)  # type: ignore[method-assign]
     kind = next(kind for kind in pgrl.agents.Agent.__subclasses__() if kind.name == algo)
     update = kind.update
 

@@ -154,11 +154,10 @@ def plot(rows: Sequence[dict[str, Any]], results: Path, path: Path) -> None:
         share = ratios(rows, baseline)
         right.barh(place, np.mean(share), 0.6, color=colour)
         right.plot(share, [place] * len(share), linestyle="none", marker="o", markersize=3, color="#222222")
-        right.text(max(share) * 1.15, place, f"{np.mean(share):.3f}", va="center", fontsize=8)
+        right.text(max(share) + 0.03, place, f"{np.mean(share):.3f}", va="center", fontsize=8)
     right.set_yticks(range(len(BASELINES)), [name(b) for b in BASELINES], fontsize=8)
     right.invert_yaxis()
-    right.set_xscale("log")
-    right.margins(x=0.2)
+    right.set_xlim(0.0, 1.2)
     right.set_xlabel("variance of the gradient (1 without a baseline)", fontsize=9)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)

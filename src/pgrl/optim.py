@@ -7,7 +7,6 @@ Gradients, moments and parameters are flat vectors: an optimiser is a handful of
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -37,12 +36,15 @@ class Optimiser(Protocol):
 class Adam:
     """Kingma & Ba 2015 (arXiv 1412.6980), algorithm 1; `eps` is added to the root of the corrected second moment.
 
-    A call is one operation, torch's fused kernel; the compiler, which does not know that kernel, fuses `change`.
+    A call is one operation, torch's fused kernel; the compiler, which does not know that kernel, fuses `change`. That
+    divides the averages by the same averages of ones, which are 1 - beta ** steps, for a power would be computed again
+    and again in its loop.
     """
 
     def __init__(self, vector: Tensor, *, eps: float = 1e-8, beta1: float = 0.9, beta2: float = 0.999) -> None:
         self._m, self._v = torch.zeros_like(vector), torch.zeros_like(vector)
         self._steps = torch.zeros((), device=vector.device)
+        self._m_of_ones, self._v_of_ones = torch.zeros(2, device=vector.device).unbind()
         self._eps, self._beta1, self._beta2 = eps, beta1, beta2
 
     def __call__(self, vector: Tensor, gradient: Tensor, lr: Tensor, divisor: Tensor | None) -> None:
@@ -68,14 +70,15 @@ class Adam:
         self._steps.add_(1.0)
         gradient = gradient if divisor is None else gradient / divisor
         self._m.lerp_(gradient, 1.0 - self._beta1)
+        self._m_of_ones.mul_(self._beta1).add_(1.0 - self._beta1)
         self._v.mul_(self._beta2).addcmul_(gradient, gradient, value=1.0 - self._beta2)
-        # 1 - beta ** steps: the compiler computes it again for every few entries, and `pow` one number at a time
-        bias1, bias2 = (-torch.expm1(self._steps * math.log(beta)) for beta in (self._beta1, self._beta2))
-        root = (self._v / bias2).sqrt() + self._eps
-        return lr / bias1 * self._m / root
+        self._v_of_ones.mul_(self._beta2).add_(1.0 - self._beta2)
+        root = (self._v / self._v_of_ones).sqrt() + self._eps
+        return lr / self._m_of_ones * self._m / root
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"m": self._m, "v": self._v, "steps": self._steps}
+        ones = {"m_of_ones": self._m_of_ones, "v_of_ones": self._v_of_ones}
+        return {"m": self._m, "v": self._v, "steps": self._steps, **ones}
 
 
 class RMSProp:

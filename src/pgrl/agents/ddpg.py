@@ -119,21 +119,20 @@ class DDPG(Agent):
         self.updates += 1
         turn = int(self.updates) % config.policy_delay == 0
         metrics, td_error = self.step(batch, turn)
-        if turn:
-            self.target_policy.follow(config.tau)
-            self.target_q.follow(config.tau)
         if config.per_alpha is not None:
             self.buffer.update_priorities(index, td_error)
         return metrics
 
     def steps(self, batch: CriticBatch, policy: bool) -> tuple[dict[str, Tensor], Tensor]:
-        """The gradient steps on a batch, with the policy's or without it: metrics, and TD errors [N]."""
+        """All steps on a batch, with those of the policy and the targets or without: metrics, and TD errors [N]."""
         critic_lr, actor_lr = self.lr
         qf_loss, qf_values, td_error, grad_norm = self.critic_step(batch, critic_lr, ())
         metrics = {"losses/qf_loss": qf_loss, "losses/qf_values": qf_values, "losses/qf_grad_norm": grad_norm}
         if policy:
             actor_loss, grad_norm = self.actor_step(batch.obs, actor_lr, ())
             metrics |= {"losses/actor_loss": actor_loss, "losses/actor_grad_norm": grad_norm}
+            self.target_policy.follow(self.config.tau)
+            self.target_q.follow(self.config.tau)
         return metrics, td_error
 
     def critic_loss(self, batch: CriticBatch, _: tuple[()]) -> tuple[Tensor, tuple[Tensor, ...]]:

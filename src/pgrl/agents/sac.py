@@ -138,13 +138,12 @@ class SAC(Agent):
         turn = int(self.updates) % config.policy_delay == 0
         noise = self.net.noise((config.batch_size,), self.draws) if turn and not self.discrete else None
         metrics, td_error = self.step(batch, noise, turn)
-        self.target.follow(config.tau)
         if config.per_alpha is not None:
             self.buffer.update_priorities(index, td_error)
         return metrics
 
     def steps(self, batch: CriticBatch, noise: Tensor | None, policy: bool) -> tuple[dict[str, Tensor], Tensor]:
-        """The gradient steps on a batch, the policy's for actions of `noise` or none: metrics, and TD errors [N]."""
+        """All steps on a batch, the policy's for actions of `noise` or none of it: metrics, and TD errors [N]."""
         critic_lr, actor_lr, alpha_lr = self.lr
         with torch.no_grad():
             alpha = self.temperature.forward()
@@ -156,6 +155,7 @@ class SAC(Agent):
             metrics["losses/actor_grad_norm"] = grad_norm
             if self.config.alpha is None:
                 metrics["losses/alpha_loss"], _ = self.temperature_step(entropy, alpha_lr, ())
+        self.target.follow(self.config.tau)
         return metrics, td_error
 
     def critic_loss(self, batch: CriticBatch, alpha: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
