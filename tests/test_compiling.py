@@ -43,7 +43,8 @@ def test_a_signature_tells_graphs_apart() -> None:
     assert signature((batch, lr, ())) == same and hash(same) is not None
     other = Batch(torch.zeros(5, 3), torch.zeros(5))
     others = [(other, lr, ()), (batch, None, ()), (batch, torch.zeros(1), ()), (batch, lr, True), (batch, lr, False)]
-    assert len({same, *map(signature, others)}) == 6
+    columns = Batch(torch.zeros(3, 4).T, torch.zeros(4))  # the graph would read it row by row
+    assert len({same, *map(signature, [*others, (columns, lr, ())])}) == 7
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float64])
@@ -92,3 +93,14 @@ print(counters["inductor"]["fxgraph_cache_hit"])
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     hits = [subprocess.check_output([sys.executable, "-c", script], env=environment, text=True) for _ in range(2)]
     assert [int(said.split()[-1]) for said in hits] == [0, 1]
+
+
+class Squashed:
+    def step(self, x: Tensor) -> Tensor:
+        return x.tanh()
+
+
+@pytest.mark.slow
+def test_a_compiled_tanh_is_one_to_rounding() -> None:
+    x = torch.cat([torch.linspace(-20, 20, 4096), torch.linspace(-0.01, 0.01, 4096), torch.tensor([-1e3, 1e3])])
+    torch.testing.assert_close(compile_step(Squashed().step)(x).double(), x.double().tanh(), rtol=0, atol=5e-7)

@@ -36,9 +36,9 @@ class Optimiser(Protocol):
 class Adam:
     """Kingma & Ba 2015 (arXiv 1412.6980), algorithm 1; `eps` is added to the root of the corrected second moment.
 
-    A call is one operation, torch's fused kernel; the compiler, which does not know that kernel, fuses `change`. That
-    divides the averages by the same averages of ones, which are 1 - beta ** steps, for a power would be computed again
-    and again in its loop.
+    A call is one operation, torch's fused kernel, which counts `steps`. The compiler, which does not know that kernel,
+    fuses `change`, which divides the averages by the same averages of ones, 1 - beta ** steps: a power would be
+    computed again and again in its loop. A run keeps to one of the two.
     """
 
     def __init__(self, vector: Tensor, *, eps: float = 1e-8, beta1: float = 0.9, beta2: float = 0.999) -> None:
@@ -67,7 +67,6 @@ class Adam:
         )
 
     def change(self, gradient: Tensor, lr: Tensor, divisor: Tensor | None) -> Tensor:
-        self._steps.add_(1.0)
         gradient = gradient if divisor is None else gradient / divisor
         self._m.lerp_(gradient, 1.0 - self._beta1)
         self._m_of_ones.mul_(self._beta1).add_(1.0 - self._beta1)
