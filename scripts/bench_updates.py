@@ -4,11 +4,12 @@
     python scripts/bench_updates.py sac --rounds 5
 
 HalfCheetah-v4, 256-256 units, batches of 256, one update a step. Every measurement is a training of its own in a fresh
-process, after its first steps; the ways take turns. A gradient step is the losses, their gradients, the optimisers and
-the target networks. The rest is acting, the env, adding to the replay buffer and sampling from it, finite checks, logs
-and snapshots. The floor is the time that the floating-point operations of an update's matrix products would take at
-the best rate of torch in this process, at 256 by 256 by 256. `plain` is without what `pgrl.processor` does for large
-networks: products by oneDNN, where that is faster, and memory that is kept.
+process, after its first steps; the ways take turns. A gradient step is what an agent does with a sample: the noise of
+its actions, the losses, their gradients, the optimisers and the target networks. The rest is acting, the env, adding to
+the replay buffer and sampling from it, finite checks, logs and snapshots. The floor is the time that the floating-point
+operations of an update's matrix products would take at the best rate of torch in this process, at 256 by 256 by 256.
+`plain` is without what `pgrl.processor` does for large networks: products by oneDNN, where that is faster, and memory
+that is kept.
 """
 
 import argparse
@@ -47,12 +48,12 @@ def measure(algo: str, way: str, threads: int, updates: int) -> dict[str, float]
     agents: list[Any] = []
     spent, began, ended = 0.0, 0.0, 0.0
 
-    def timed(call: Callable[..., Any]) -> Callable[..., Any]:
+    def timed(call: Callable[..., Any], sign: int) -> Callable[..., Any]:
         def wrapper(*arguments: Any, **named: Any) -> Any:
             nonlocal spent
             start = time.perf_counter()
             result = call(*arguments, **named)
-            spent += time.perf_counter() - start
+            spent += sign * (time.perf_counter() - start)
             return result
 
         return wrapper
@@ -64,7 +65,7 @@ def measure(algo: str, way: str, threads: int, updates: int) -> dict[str, float]
         nonlocal spent, began, ended
         if not agents:
             agents.append(self)
-            self.step = timed(self.step)
+            self.learn, self.buffer.sample = timed(self.learn, 1), timed(self.buffer.sample, -1)
         metrics = update(self, *rest)
         if int(self.updates) == FIRST:
             spent, began = 0.0, time.perf_counter()

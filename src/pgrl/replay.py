@@ -101,6 +101,7 @@ class ReplayBuffer:
         self._tree: SumTree | None = None
         self._snapshots: list[weakref.ref[Snapshot]] = []
         self._saved: dict[int, str] = {}
+        self._one = torch.ones((), device=device)
         self._powers = torch.tensor([gamma**k for k in range(n_step)], device=device)
 
     def __len__(self) -> int:
@@ -163,8 +164,9 @@ class ReplayBuffer:
         memory = torch.zeros((shape.num_envs * shape.length, shape.width), dtype=torch.uint8, device=device)
         self._ends = torch.zeros((FEWEST_ENDS, shape.obs_bytes), dtype=torch.uint8, device=device)
         self._tree = None if self.prioritised is None else SumTree(len(memory), device)
-        following = (len(memory) - shape.n_step, (shape.n_step + 1) * shape.width)
-        self._windows = memory.as_strided(following, (shape.width, 1))
+        words = shape.width // 4
+        following = (len(memory) - shape.n_step, (shape.n_step + 1) * words)
+        self._windows = memory.view(torch.int32).as_strided(following, (words, 1))
         rows = memory.view(shape.num_envs, shape.length, shape.width).transpose(0, 1)
         self._obs = field(rows, 0, shape.obs_shape, shape.obs_dtype)
         self._action = field(rows, shape.action_at, shape.action_shape, shape.action_dtype)
@@ -238,10 +240,11 @@ class ReplayBuffer:
 
     def _lead_elsewhere(self, obs: Tensor, link: Tensor) -> None:
         """Put the ends in the place of those obs [N, *obs] that rows with these links [N] did not lead to."""
-        if link.amax().item() >= 0:
-            at = (link >= 0).nonzero().squeeze(1)
-            ends = self._ends.index_select(0, (link[at] >> 1) % len(self._ends))
-            obs[at] = field(ends, 0, self.layout.obs_shape, self.layout.obs_dtype)
+        links = plain(link)
+        if links.max() >= 0:
+            at = links >= 0
+            ends = plain(field(self._ends, 0, self.layout.obs_shape, self.layout.obs_dtype))
+            plain(obs)[at] = ends[(links[at] >> 1) % len(ends)]
 
     def sample(self, batch_size: int, beta: float = 1.0) -> Batch:
         """`batch_size` transitions with replacement: uniformly, or by priority with the importance weights.
@@ -264,14 +267,13 @@ class ReplayBuffer:
         if shape.num_envs > 1:
             env = torch.randint(shape.num_envs, (batch_size,), generator=generator, device=device)
             index.add_(env, alpha=shape.length)
-        return self._batch(index, torch.ones(batch_size, device=device))
+        return self._batch(index, self._one.expand(batch_size))
 
     def _batch(self, index: Tensor, weight: Tensor) -> Batch:
         shape, n = self.layout, self.layout.n_step
-        rows = self._windows.index_select(0, index)  # [N, (n + 1) * width], which the batch's tensors are views of
-        floats = rows.view(torch.float32)
-        ints = rows.view(torch.int32)
-        source = rows if shape.obs_dtype == torch.uint8 else floats
+        ints = self._windows.index_select(0, index)  # [N, (n + 1) * words], which the batch's tensors are views of
+        floats = ints.view(torch.float32)
+        source = ints.view(torch.uint8) if shape.obs_dtype == torch.uint8 else floats
         count, width, at = weight.shape[0], shape.width // 4, shape.reward_at // 4
         words = (n + 1) * width
         length = words * 4 // shape.obs_dtype.itemsize  # of a row of `source`
