@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ OPTIONS = {  # of inductor
     "cpp.use_decompose_tanh": True,  # made of exp, which is faster: within 5e-7
     "size_asserts": False,  # of every input at every call; `signature` asks what can change
     "alignment_asserts": False,
+    "pattern_matcher": False,  # it would put a layer's product and its bias back together, see `networks.linear`
 }
 
 
@@ -44,14 +45,26 @@ def compile_step(step: Callable[..., T]) -> Callable[..., T]:
         graph = graphs.get(key)
         if graph is None:
             # `aot_compile` tells none of those who listen to torch's compilations, as a profile does
-            with callback_handler.install_callbacks(CallbackTrigger.DYNAMO, "pgrl"):
+            with callback_handler.install_callbacks(CallbackTrigger.DYNAMO, "pgrl"), collected_after():
                 program = compiled.aot_compile((arguments, {}))
-                gc.collect()  # now, for what the compiler leaves takes 0.2 s to look through, in the midst of training
             program.disable_guard_check()
             graph = graphs[key] = program.fn
         return graph(owner, *arguments)
 
     return call
+
+
+@contextmanager
+def collected_after() -> Iterator[None]:
+    """Collect garbage once, at the end: the compiler makes much, and to look through it takes 0.2 s each time."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.collect()
+        if collects:
+            gc.enable()
 
 
 def inductor(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:

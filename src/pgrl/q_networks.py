@@ -14,7 +14,7 @@ from torch import Generator, Tensor, nn
 
 from pgrl.distributions import DiagGaussian
 from pgrl.errors import UserError
-from pgrl.networks import ACTIVATIONS, MLP, make_body, units
+from pgrl.networks import ACTIVATIONS, MLP, linear, make_body, units
 
 
 @dataclass
@@ -51,7 +51,7 @@ class DeterministicPolicy(nn.Module):
         self.affine = bool((self.center != 0).any() or (self.radius != 1).any())
 
     def forward(self, obs: Tensor) -> Tensor:
-        return torch.tanh(F.linear(self.body.forward(obs), self.policy_head.weight, self.policy_head.bias))
+        return torch.tanh(linear(self.body.forward(obs), self.policy_head.weight, self.policy_head.bias))
 
     def noise(self, shape: tuple[int, ...], generator: Generator) -> Tensor:
         """Standard normal noise for `shape` actions."""
