@@ -37,14 +37,14 @@ class Counts(NamedTuple):
 ACCEPTED = {
     "a2c": Counts(act=3, collect=1, update=224, step=0, waits=1),
     "a3c": Counts(act=3, collect=1, update=224, step=0, waits=1),
-    "ddpg": Counts(act=3, collect=0, update=519, step=232, waits=8),
+    "ddpg": Counts(act=3, collect=0, update=501, step=223, waits=4),
     "dpg": Counts(act=5, collect=33, update=88, step=0, waits=0),
     "npg": Counts(act=3, collect=1, update=1733, step=55, waits=22),
     "ppo": Counts(act=3, collect=1, update=529, step=203, waits=1),
     "reinforce": Counts(act=3, collect=1, update=320, step=55, waits=2),
-    "sac": Counts(act=3, collect=0, update=683, step=311, waits=8),
+    "sac": Counts(act=3, collect=0, update=665, step=302, waits=4),
     "trpo": Counts(act=3, collect=1, update=1739, step=55, waits=25),
-    "sac, discrete": Counts(act=3, collect=0, update=531, step=235, waits=8),
+    "sac, discrete": Counts(act=3, collect=0, update=513, step=226, waits=4),
 }
 DISCRETE = "sac, discrete"
 
