@@ -21,12 +21,14 @@ from pgrl.distributions import (
 from pgrl.errors import UserError
 from pgrl.networks import (
     ACTIVATIONS,
+    FEW_OUTPUTS,
     MLP,
     ActorCritic,
     NatureCNN,
     NetworkConfig,
     PolicyConfig,
     is_image,
+    linear,
 )
 
 OBS = spaces.Box(-np.inf, np.inf, (5,), np.float32)
@@ -73,6 +75,17 @@ def test_mlp_is_its_layers_in_sequence(activation: str) -> None:
         sequence += [layer, modules[activation]()]
     expected = nn.Sequential(*sequence)
     assert torch.equal(mlp(observations()), expected(observations())) and mlp.features == 4
+
+
+@pytest.mark.parametrize("outputs", [1, FEW_OUTPUTS, FEW_OUTPUTS + 1])
+def test_layer_in_parts_is_that_of_torch(outputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = torch.nn.Linear(5, outputs).double(), torch.randn(7, 5, dtype=torch.float64)
+    whole = layer(x)
+    monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
+    parts = linear(x, layer.weight, layer.bias)
+    torch.testing.assert_close(parts, whole)
+    weight = [torch.autograd.grad(y.square().sum(), layer.weight)[0] for y in (parts, whole)]
+    torch.testing.assert_close(*weight)
 
 
 def test_mlp_flattens() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import errno
 import json
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from pgrl.evaluate import main as evaluate_main
 from pgrl.logger import read_rows
 from pgrl.runs import build
 from pgrl.signals import Signals, Stop
-from pgrl.train import collect
+from pgrl.train import check_finite, collect
 from pgrl.upkeep import due
 
 PPO = ["algo=ppo", "env=CartPole-v1", "num_envs=4", "algo.num_steps=32", "algo.num_minibatches=4", "seed=3"]
@@ -328,6 +329,15 @@ def test_nan_reward_stops_the_run_and_names_it(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match="reward"):
         run(tmp_path, "run", "algo=a2c", "env=tests.envs_for_tests:NaNReward-v0", "total_timesteps=1000")
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_named_and_what_is_large_is_not(bad: float) -> None:
+    large = {"obs": torch.full((3, 2), 1e30), "loss": torch.tensor(-1e38), "count": torch.ones(2, dtype=torch.int64)}
+    check_finite(large, "x")  # though its squares are not finite
+    for name, x in (("row", torch.tensor([[0.0, bad]])), ("scalar", torch.tensor(bad))):
+        with pytest.raises(NonFiniteError, match=f"x NaN or infinity: {name}"):
+            check_finite({**large, name: x}, "x")
 
 
 def test_signal_waits_for_protected_work() -> None:
