@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pgrl.compiling import compile_step, keep_graphs, signature, without_guards
+from pgrl.compiling import collected_after, compile_step, keep_graphs, signature, without_guards
 
 
 class Batch(NamedTuple):
@@ -93,6 +94,19 @@ print(counters["inductor"]["fxgraph_cache_hit"])
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     hits = [subprocess.check_output([sys.executable, "-c", script], env=environment, text=True) for _ in range(2)]
     assert [int(said.split()[-1]) for said in hits] == [0, 1]
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_garbage_waits_for_the_end(collects: bool) -> None:
+    before = gc.isenabled()
+    try:
+        (gc.enable if collects else gc.disable)()
+        with pytest.raises(KeyError), collected_after():
+            assert not gc.isenabled()
+            raise KeyError
+        assert gc.isenabled() is collects
+    finally:
+        (gc.enable if before else gc.disable)()
 
 
 class Squashed:

@@ -56,7 +56,7 @@ def compile_step(step: Callable[..., T]) -> Callable[..., T]:
 
 @contextmanager
 def collected_after() -> Iterator[None]:
-    """Collect garbage once, at the end: the compiler makes much, and to look through it takes 0.2 s each time."""
+    """Collect garbage once, at the end: of what the compiler makes much is kept, and looked through each time."""
     collects = gc.isenabled()
     gc.disable()
     try:

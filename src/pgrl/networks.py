@@ -63,7 +63,10 @@ FEW_OUTPUTS = 8  # of a layer, which the compiler sums up faster than a library 
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x W^T + b [N, outputs]; for the compiler in parts that it fuses with what follows, as it would not torch's."""
+    """x W^T + b [N, outputs] of x [N, inputs], weight [outputs, inputs] and bias [outputs].
+
+    For the compiler in parts that it fuses with what follows, which it does not do with torch's.
+    """
     if not torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
     return ((x.unsqueeze(-2) * weight).sum(-1) if len(weight) <= FEW_OUTPUTS else x @ weight.T) + bias

@@ -37,7 +37,7 @@ class Batch(NamedTuple):
     reward: Tensor  # [N] sum over k of gamma^k r_k, cut where an episode ended and at the newest row
     next_obs: Tensor  # [N, *obs] what the last of these steps led to, before any reset
     discount: Tensor  # [N] gamma^(steps taken), 0 where the last of them terminated
-    weight: Tensor  # [N] importance weights of prioritised replay, otherwise ones
+    weight: Tensor  # [N] importance weights of prioritised replay, otherwise ones, not to be written to
     index: Tensor  # type: ignore[assignment]  # [N] int64, for `update_priorities`, until the next `add`
 
 
@@ -242,7 +242,7 @@ class ReplayBuffer:
         """Put the ends in the place of those obs [N, *obs] that rows with these links [N] did not lead to."""
         links = plain(link)
         if links.max() >= 0:
-            at = links >= 0
+            at = plain((link >= 0).nonzero().squeeze(1))  # once: a GPU is waited for
             ends = plain(field(self._ends, 0, self.layout.obs_shape, self.layout.obs_dtype))
             plain(obs)[at] = ends[(links[at] >> 1) % len(ends)]
 

@@ -77,7 +77,7 @@ def train(config: RunConfig, run: Run, upkeep: Upkeep) -> None:
 def check_finite(tensors: dict[str, Tensor], source: str) -> None:
     """NonFiniteError naming those of the tensors that hold NaN or infinity."""
     floats = [x for x in tensors.values() if x.is_floating_point()]
-    elsewhere = [x.sum().double() for x in floats if not x.is_cpu]
+    elsewhere = [(x.sum() if x.dim() else x).double() for x in floats if not x.is_cpu]
     total = float(torch.stack(elsewhere).sum()) if elsewhere else 0.0  # one wait for the device, not one for each
     with np.errstate(over="ignore", invalid="ignore"):
         total += sum(squared(x) if x.dim() else x.item() for x in floats if x.is_cpu)
@@ -89,6 +89,6 @@ def check_finite(tensors: dict[str, Tensor], source: str) -> None:
 
 
 def squared(x: Tensor) -> float:
-    """The sum of the squares of a tensor in main memory; where it is small, at half the price of torch's sum."""
+    """The sum of the squares of a tensor [...] in main memory, where it is small cheaper than torch's sum."""
     row = x.numpy().reshape(-1)
     return float(row.dot(row))
