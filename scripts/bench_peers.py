@@ -452,7 +452,7 @@ def measure_random(workload: Workload, seed: int, setup: Setup, folder: Path) ->
     for iteration in range(1, workload.iterations + 1):
         for action in low + (high - low) * torch.rand(workload.num_steps, workload.num_envs, *low.shape):
             env.step(action)
-        returns.extend(episode.env_return for episode in env.episodes())
+        returns.extend(env.episodes().env_return)
         stamps.add(iteration * workload.num_envs * workload.num_steps, 0)
     env.close()
     return stamps.result(sum(returns) / max(len(returns), 1))

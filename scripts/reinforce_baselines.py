@@ -65,7 +65,7 @@ def measure(seed: int, rollouts: int, folder: Path) -> list[dict[str, Any]]:
     for _ in range(rollouts):
         transition = collect(env, agents[0], rollout, obs, env.device)
         obs = rollout.obs[-1].clone()
-        returns += [episode.env_return for episode in env.episodes()]
+        returns += env.episodes().env_return
         for agent, found in zip(agents, gradients, strict=True):
             found.append(ascent(agent, transition).double())
     env.close()

@@ -30,7 +30,7 @@ from pgrl import capture, checkpoint
 from pgrl.agents import AGENTS, A2CConfig, Agent, PPOConfig, Setting
 from pgrl.agents import on_policy as on_policy_module
 from pgrl.agents.on_policy import all_values, values
-from pgrl.capture import Captured, Learner, captured_update, generators, tensors
+from pgrl.capture import Captured, Learner, Stepper, captured_update, generators, tensors
 from pgrl.config import capturing, compose
 from pgrl.data import Rollout, Transition
 from pgrl.envs import EnvConfig, make_vec
@@ -164,6 +164,20 @@ RUNS: dict[str, list[str]] = {
     "a2c with everything": [*A2C, *NORMS, "algo.norm_adv=true", "algo.optimizer=adam", "algo.advantage=gae"],
     "a2c acrobot": [*A2C, "env=Acrobot-v1", "env.max_episode_steps=7", "algo.network.activation=relu"],
 }
+REPLAY = ["algo.learning_starts=32", "algo.batch_size=8", "algo.buffer_size=200", "algo.network.hidden_sizes=[8]"]
+STEPS: dict[str, list[str]] = {
+    "sac": ["algo=sac", *REPLAY, "env=Pendulum-v1", "total_timesteps=160", "algo.utd_ratio=1.5"],
+    "sac with everything": [
+        *["algo=sac", *REPLAY, "env=Pendulum-v1", "total_timesteps=160", "algo.norm_obs=true", "algo.n_step=3"],
+        *["algo.per_alpha=0.6", "algo.policy_delay=3", "algo.max_grad_norm=1", "algo.noise_correlation=0.5"],
+    ],
+    "sac on choices": ["algo=sac", *REPLAY, "total_timesteps=160", "algo.target_entropy=0.2"],
+    "ddpg": ["algo=ddpg", *REPLAY, "env=Pendulum-v1", "total_timesteps=160"],
+    "td3": [
+        *["algo=ddpg", *REPLAY, "env=Pendulum-v1", "total_timesteps=160", "algo.policy_delay=2", "algo.twin=true"],
+        *["algo.target_noise=0.2", "algo.per_alpha=0.6"],
+    ],
+}
 
 
 def run(folder: Path, monkeypatch: pytest.MonkeyPatch, captured: bool | str, *words: str) -> Path:
@@ -218,6 +232,22 @@ def test_updates_are_captured_whoever_steps_the_envs(tmp_path: Path, monkeypatch
     use_tape(monkeypatch)
     for name, captured in (("plain", False), ("captured", "update")):
         run(tmp_path / name, monkeypatch, captured, *PPO, "env.backend=gymnasium", *NORMS)
+    assert_same(tmp_path / "plain", tmp_path / "captured")
+
+
+@pytest.mark.parametrize("how", ["called", "repeated"])
+@pytest.mark.parametrize("words", STEPS.values(), ids=STEPS)
+def test_captured_steps_are_those_without(
+    words: list[str], how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    if how == "repeated":
+        use_tape(monkeypatch)
+    record = capture.record
+    monkeypatch.setattr(capture, "record", lambda *rest: made.append(1) or record(*rest))  # type: ignore[func-returns-value]
+    for name, captured in (("plain", False), ("captured", "update")):
+        run(tmp_path / name, monkeypatch, captured, *words)
+    assert len(made) == 1 + any(word.startswith("algo.policy_delay") for word in words)  # a graph for each set of flags
     assert_same(tmp_path / "plain", tmp_path / "captured")
 
 
@@ -410,8 +440,11 @@ def test_every_generator_is_registered(cls: type, monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_can_be_captured_is_what_the_configuration_says() -> None:
-    names = {AGENTS[cls].name for cls in AGENTS if isinstance(make(cls, {}), Learner)}
-    assert names == set(capturing.LEARN) <= set(capturing.ACT)
+    learners, steppers = (
+        {AGENTS[cls].name for cls in AGENTS if isinstance(make(cls, {}), kind)} for kind in (Learner, Stepper)
+    )
+    assert learners | steppers == set(capturing.LEARN) and learners <= set(capturing.ACT)
+    assert not learners & steppers and not steppers & set(capturing.ACT)
     with pytest.raises(TypeError, match="trpo"):
         captured_update(make(next(cls for cls in AGENTS if AGENTS[cls].name == "trpo"), {}))
 
@@ -580,6 +613,18 @@ def test_finite_tensors_are_checked_by_one_value_of_a_device(monkeypatch: pytest
 # ---------------------------------------------------------------------------------------------------------- on a GPU
 
 
+def play_at_random(run: Any, steps: int) -> list[Transition]:
+    """Rollouts of one step."""
+    device = run.agent.device
+    rollout, obs, found = Rollout(1, run.env.num_envs, run.env.obs_space, run.env.action_space, device), None, []
+    obs = run.env.reset()
+    for _ in range(steps):
+        transition = collect(run.env, run.agent, rollout, obs, device)
+        obs = rollout.obs[-1].clone()
+        found.append(Transition(*(x.clone() for x in transition)))
+    return found
+
+
 @contextmanager
 def nobody_waits() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("error")
@@ -590,6 +635,7 @@ def nobody_waits() -> Iterator[None]:
 
 
 CUDA_RUNS = {name: [*words, "device=cuda"] for name, words in RUNS.items()}
+CUDA_STEPS = {name: [*words, "device=cuda"] for name, words in STEPS.items()}
 
 
 @pytest.mark.gpu
@@ -624,20 +670,38 @@ def test_on_cuda_graphs_give_what_single_operations_give_and_nobody_waits(words:
             torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4)
         for found, right in zip(generators(agent), generators(twin.agent), strict=True):
             assert torch.equal(found.get_state(), right.get_state())
-        assert [e[1:] for e in ours.env.episodes()] == [e[1:] for e in twin.env.episodes()]
+        assert ours.env.episodes()[1:] == twin.env.episodes()[1:]
         obs = rollout.obs[-1]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("words", CUDA_RUNS.values(), ids=CUDA_RUNS)
-def test_on_cuda_a_captured_run_repeats_itself_and_resumes_bit_for_bit(words: list[str], tmp_path: Path) -> None:
-    folders = [tmp_path / name for name in ("whole", "again", "stopped")]
+@pytest.mark.parametrize("name", [*CUDA_RUNS, *CUDA_STEPS])
+def test_on_cuda_a_captured_run_repeats_itself_and_resumes_bit_for_bit(name: str, tmp_path: Path) -> None:
+    words = CUDA_RUNS.get(name) or [*CUDA_STEPS[name], "save_every=32"]
+    folders = [tmp_path / folder for folder in ("whole", "again", "stopped")]
     for folder in folders:
-        pgrl.run([*SHORT, *words, "capture=true", "save_every=1", f"run_dir={folder}"])
+        pgrl.run([*SHORT, "save_every=1", *words, "capture=auto", f"run_dir={folder}"])
+        assert " captured" in (folder / "train.log").read_text()
     forget_the_last_checkpoint(folders[-1])
     pgrl.run([f"resume={folders[-1]}"])
     for folder in folders[1:]:
         assert_same(folders[0], folder)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("words", CUDA_STEPS.values(), ids=CUDA_STEPS)
+def test_on_cuda_captured_steps_give_what_single_operations_give(words: list[str]) -> None:
+    config = compose([*SHORT, *words, "capture=false"])
+    ours, twin = build(config), build(config)
+    update = captured_update(ours.agent)
+    for k, transition in enumerate(play_at_random(twin, 10)):
+        metrics, told = update(transition, k / 40), twin.agent.update(transition, k / 40)
+        assert metrics.keys() == told.keys()
+        for name in told:
+            torch.testing.assert_close(metrics[name].double().cpu(), told[name].double().cpu(), rtol=1e-2, atol=1e-3)
+    assert told["charts/updates"] >= 8
+    for x, y in zip(ours.agent.parameters(), twin.agent.parameters(), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.gpu

@@ -21,7 +21,7 @@ from tests.test_envs import assert_same, copied, random_actions, vec
 import pgrl
 from pgrl import checkpoint, config, env_ids
 from pgrl.data import Rollout
-from pgrl.envs import EnvConfig, Episode, VecEnv, make_vec, to_evaluate
+from pgrl.envs import EnvConfig, Episodes, VecEnv, make_vec, to_evaluate
 from pgrl.envs.base import episode_seed
 from pgrl.envs.envpool import flat
 from pgrl.envs.spaces import to_row
@@ -128,7 +128,7 @@ def test_every_transition_is_the_known_one(
     assert obs.tolist() == [[s[i], 0] for i in range(num_envs)]
     for action in random_actions(env, 30):
         step = env.step(action)
-        finished = []
+        finished = Episodes.none()
         for i, a in enumerate(action.tolist()):
             reward = torch.tensor(0.1 * s[i] - a)
             total[i] += float(reward)
@@ -139,12 +139,12 @@ def test_every_transition_is_the_known_one(
             assert step.terminated[i] == (over and not (cut and name == "Alone-v0"))  # there EnvPool alone knows
             assert step.truncated[i] == cut
             if over or cut:
-                finished.append(Episode(total[i], t[i], i))
+                finished.extend(Episodes([total[i]], [t[i]], [i]))
                 first[i] += 100
                 s[i], t[i], total[i] = first[i], 0, 0.0
             assert step.obs[i].tolist() == [s[i], t[i]]
         assert torch.equal(env.obs(), step.obs)
-        assert env.episodes() == finished and env.episodes() == []
+        assert env.episodes() == finished and env.episodes() == Episodes.none()
     assert [pool.bogus for pool in pools] == [0]
 
 
@@ -178,10 +178,10 @@ def test_a_restored_state_begins_other_episodes_and_says_so(pools: list[Pool]) -
         others.append(other)
     assert pools[-1].told.seed == [episode_seed(SEED, i, 3) for i in range(2)]
     assert torch.equal(others[0].obs(), others[1].obs()) and not torch.equal(others[0].obs(), first)
-    assert others[0].obs()[:, 1].tolist() == [0, 0] and others[0].episodes() == []
+    assert others[0].obs()[:, 1].tolist() == [0, 0] and others[0].episodes() == Episodes.none()
     for action in random_actions(env, 5):
         assert_same(others[0].step(action), others[1].step(action))
-    assert [e.length for e in others[0].episodes()] == [3, 4]
+    assert others[0].episodes().length == [3, 4]
     assert others[0].state_dict() == {"seed": SEED, "episode": [4, 4]}
     with pytest.raises(ValueError, match="a state of 2 envs does not fit 3 envs"):
         vec("Counter-v0", 3, backend="envpool").load_state_dict(state)
@@ -289,7 +289,7 @@ def test_every_row_of_cartpole_follows_the_equations(envpool: Any, num_envs: int
     at_limit = {True: 0, False: 0}
     for action in random_actions(env, 4000 // num_envs):
         step = env.step(action)
-        episodes = {e.env: e for e in env.episodes()}
+        episodes = {e[2]: e for e in zip(*env.episodes(), strict=True)}
         for i, a in enumerate(action.tolist()):
             oracle.state, oracle.steps_beyond_terminated = obs[i].double().numpy(), None
             row, reward, terminated, _, _ = oracle.step(a)
@@ -302,7 +302,7 @@ def test_every_row_of_cartpole_follows_the_equations(envpool: Any, num_envs: int
             over = bool(step.terminated[i] | step.truncated[i])
             assert over == (i in episodes)
             if over:
-                assert episodes[i] == Episode(length[i], length[i], i)
+                assert episodes[i] == (length[i], length[i], i)
                 assert (step.obs[i].abs() <= 0.05).all()
                 if limit and length[i] == limit:
                     at_limit[bool(step.terminated[i])] += 1
@@ -338,7 +338,7 @@ def test_returns_are_distributed_as_gymnasiums(envpool: Any) -> None:
         env.reset()
         for action in random_actions(env, 1500, seed=1):
             env.step(action)
-        return np.array([e.env_return for e in env.episodes()])
+        return np.array(env.episodes().env_return)
 
     a, b = returns("envpool"), returns("gymnasium")
     assert min(len(a), len(b)) > 1500
@@ -356,7 +356,7 @@ def test_an_env_is_the_same_in_every_vectorisation_and_after_a_reset(envpool: An
         runs = []
         for _ in range(2):
             runs.append(torch.stack([env.reset(), *(env.step(a).obs for a in actions)]))
-            assert len(env.episodes()) >= 2 * num_envs
+            assert len(env.episodes().env) >= 2 * num_envs
         assert torch.equal(*runs)
         return list(runs[0].unbind(1))
 
@@ -415,7 +415,7 @@ def test_observations_are_rows(envpool: Any, name: str, shape: tuple[int, ...], 
             assert torch.isfinite(step.next_obs).all()
         obs = step.obs
     if name != "FrozenLake-v1":  # which may end earlier
-        assert [e.length for e in env.episodes()] == [5] * 6
+        assert env.episodes().length == [5] * 6
     env.close()
 
 

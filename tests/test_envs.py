@@ -20,7 +20,7 @@ from torch import Tensor
 from pgrl import checkpoint, env_ids
 from pgrl.config.checks import CHOICES
 from pgrl.data import Rollout, Step, action_rows
-from pgrl.envs import BACKENDS, EnvConfig, Episode, VecEnv, make_vec
+from pgrl.envs import BACKENDS, EnvConfig, Episodes, VecEnv, make_vec
 from pgrl.envs.base import episode_seed
 from pgrl.envs.gymnasium import GymnasiumVecEnv
 from pgrl.envs.make import make, peel
@@ -109,7 +109,7 @@ def test_every_transition_is_the_known_one(
     assert obs.tolist() == [[s[i], 0] for i in range(num_envs)]
     for action in random_actions(env, 30):
         step = env.step(action)
-        finished = []
+        finished = Episodes.none()
         for i, a in enumerate(action.tolist()):
             reward = 0.1 * s[i] - a
             total[i] += reward
@@ -119,13 +119,13 @@ def test_every_transition_is_the_known_one(
             assert step.terminated[i] == (t[i] == terminate_at)
             assert step.truncated[i] == (t[i] in (truncate_at, max_episode_steps))
             if step.terminated[i] or step.truncated[i]:
-                finished.append(Episode(total[i], t[i], i))
+                finished.extend(Episodes([total[i]], [t[i]], [i]))
                 episode[i] += 1
                 s[i], t[i], total[i] = first(i, episode[i]), 0, 0.0
             assert step.obs[i].tolist() == [s[i], t[i]]
         assert torch.equal(env.obs(), step.obs)
         assert env.episodes() == finished
-        assert env.episodes() == []
+        assert env.episodes() == Episodes.none()
     env.close()
 
 
@@ -207,13 +207,13 @@ def test_reset_begins_the_first_episodes_again(classic_backend: str) -> None:
     first, again = (
         [env.reset(), *(env.step(action).obs for action in random_actions(env, 8)), env.episodes()] for _ in range(2)
     )
-    assert first[-1] == again[-1] != []
+    assert first[-1] == again[-1] != Episodes.none()
     assert all(torch.equal(a, b) for a, b in zip(first[:-1], again[:-1], strict=True))
     assert len({tuple(row) for obs in first[:-1] for row in obs.tolist()}) == 18
     for action in random_actions(env, 3):
         env.step(action)
     env.reset()
-    assert env.episodes() == []
+    assert env.episodes() == Episodes.none()
     assert not torch.equal(vec("CartPole-v1", seed=SEED + 1, backend=classic_backend).reset(), first[0])
 
 
@@ -435,7 +435,7 @@ def test_restored_in_the_middle_of_an_episode_an_env_goes_on_bit_for_bit(backend
     for action in actions[40:]:
         assert_same(env.step(action), other.step(action))
     ended = env.episodes()
-    assert ended and ended == other.episodes()
+    assert ended.env and ended == other.episodes()
     assert torch.equal(env.reset(), other.reset())
     env.close()
     other.close()
@@ -487,7 +487,7 @@ def test_a_state_shares_no_memory_with_the_env(classic_backend: str) -> None:
     wipe(state)
     for action in actions[40:]:
         assert_same(env.step(action), twin.step(action))
-    assert env.episodes() == twin.episodes() != []
+    assert env.episodes() == twin.episodes() != Episodes.none()
     other.load_state_dict(before)
     wipe(before)
     mid.load_state_dict(other.state_dict())
@@ -522,7 +522,7 @@ def test_an_env_with_hidden_state_is_reported_once_and_cut(where: str) -> None:
     after = other.state_dict()
     assert [i for i, k in enumerate(after["episode"]) if k == 1] == lost
     assert [len(a) for a in after["actions"]] == [0 if i in lost else 9 for i in range(3)]
-    assert other.episodes() == []
+    assert other.episodes() == Episodes.none()
     for action in actions[9:]:
         other.step(action)
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from pgrl import record
+from pgrl.envs import Episodes
 from pgrl.record import Record
 
 
@@ -31,7 +32,7 @@ def test_each_metric_is_averaged_over_the_updates_that_have_it(
         if k == saved_at:
             state, r = r.state_dict(), Record()
             r.load_state_dict(state)
-        r.add(metrics, [])
+        r.add(metrics, Episodes.none())
     assert r.row() == {"charts/updates": 10.0, "losses/a": pytest.approx(7.0), "losses/b": pytest.approx(75.0)}
-    r.add({"losses/a": torch.tensor(1.0)}, [])
+    r.add({"losses/a": torch.tensor(1.0)}, Episodes.none())
     assert r.row() == {"losses/a": 1.0}  # nothing of the last row is left

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pgrl.data import Rollout
-from pgrl.envs import EnvConfig, Episode, TorchVecEnv, VecEnv, make_vec
+from pgrl.envs import EnvConfig, Episodes, TorchVecEnv, VecEnv, make_vec
 from pgrl.envs.torch_classic import CLASSICS, classic
 from pgrl.errors import UserError
 
@@ -140,7 +140,7 @@ def test_episodes_are_gymnasiums_from_equal_first_states(name: str, limit: int) 
         give(twins[i], env._state[:, i])
         totals[i], lengths[i] = 0.0, 0
 
-    totals, lengths, ended = [0.0] * num_envs, [0] * num_envs, list[Episode]()
+    totals, lengths, ended = [0.0] * num_envs, [0] * num_envs, Episodes.none()
     at_once = 0
     obs = env.reset()
     for i in range(num_envs):
@@ -155,7 +155,7 @@ def test_episodes_are_gymnasiums_from_equal_first_states(name: str, limit: int) 
             totals[i], lengths[i] = totals[i] + gain, lengths[i] + 1
             at_once += over and cut
             if over or cut:
-                ended.append(Episode(totals[i], lengths[i], i))
+                ended.extend(Episodes([totals[i]], [lengths[i]], [i]))
                 begin(i)
                 assert not torch.equal(step.obs[i], step.next_obs[i])
                 first = twin.unwrapped
@@ -167,9 +167,9 @@ def test_episodes_are_gymnasiums_from_equal_first_states(name: str, limit: int) 
         assert torch.equal(env.obs(), step.obs)
     assert not torch.equal(obs, env.obs())
     told = env.episodes()
-    assert [e[1:] for e in told] == [e[1:] for e in ended]
-    np.testing.assert_allclose([e.env_return for e in told], [e.env_return for e in ended], rtol=0, atol=1e-4)
-    assert len(told) >= 3 * num_envs and env.episodes() == []
+    assert told[1:] == ended[1:]
+    np.testing.assert_allclose(told.env_return, ended.env_return, rtol=0, atol=1e-4)
+    assert len(told.env) >= 3 * num_envs and env.episodes() == Episodes.none()
     assert (at_once > 0) == (limit == 12)
 
 
@@ -195,7 +195,7 @@ def samples(env: VecEnv, limit: int, episodes: int) -> tuple[Tensor, Tensor, Ten
         ended = step.terminated | step.truncated
         firsts.append(step.obs[ended])
         lasts.append(step.next_obs[ended])
-    return torch.cat(firsts), torch.cat(lasts), torch.tensor([e.env_return for e in env.episodes()])
+    return torch.cat(firsts), torch.cat(lasts), torch.tensor(env.episodes().env_return)
 
 
 @pytest.mark.parametrize("name", CLASSICS)
@@ -272,7 +272,7 @@ def test_a_step_leaves_its_tensors_in_their_place() -> None:
         env.step(torch.zeros(3, dtype=torch.int64))
     before = places()
     for _ in range(3):
-        assert len(env.episodes()) == 12
+        assert len(env.episodes().env) == 12
         for _ in range(8):
             env.step(torch.zeros(3, dtype=torch.int64))
     env.load_state_dict(env.state_dict())
@@ -314,7 +314,7 @@ def test_on_cuda_a_step_is_that_of_the_cpu_and_waits_for_nothing(name: str) -> N
             assert x.is_cuda and torch.allclose(x.cpu().float(), y.float(), **TOLERANCE)
         ended = expected.terminated | expected.truncated
         assert torch.allclose(step.obs.cpu()[~ended], expected.obs[~ended], **TOLERANCE)
-        assert [e[1:] for e in ours.episodes()] == [e[1:] for e in twin.episodes()]
+        assert ours.episodes()[1:] == twin.episodes()[1:]
 
 
 # Errors

@@ -141,7 +141,7 @@ def test_evaluate_writes_its_file_and_leaves_the_run_alone(tmp_path: Path, capsy
 def test_a_run_makes_its_envs_on_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[object] = []
 
-    def make_vec(config: object, num_envs: int, seed: int, device: str) -> None:
+    def make_vec(config: object, num_envs: int, seed: int, device: str, *, compiled: bool) -> None:
         made.extend([num_envs, seed, device])
         raise UserError("enough")
 

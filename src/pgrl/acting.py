@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pgrl.compiling import compile_step
 from pgrl.networks import LOG_STD_RANGE, MLP, Policy
 from pgrl.normalisers import RunningNorm
 from pgrl.q_networks import DeterministicPolicy
@@ -49,11 +50,15 @@ class Actor:
 
     Samples are made in numpy where a call is small: an MLP of tanh or ReLU units in main memory, whose actions are one
     choice among K, Gaussian, squashed or deterministic. They equal `net.sample` to rounding. The weights are read where
-    they lie, and looked up again where those of the last layer were moved, with which all others move.
+    they lie, and looked up again where those of the last layer were moved, with which all others move. What torch does
+    instead, on a GPU everything, is one graph with `compiled`.
     """
 
-    def __init__(self, net: Policy | DeterministicPolicy, obs_norm: RunningNorm | None) -> None:
+    def __init__(
+        self, net: Policy | DeterministicPolicy, obs_norm: RunningNorm | None, *, compiled: bool = False
+    ) -> None:
         self._net, self._obs_norm = net, obs_norm
+        self._large = compile_step(self.large) if compiled else self.large
         self._rows, self._weight = 0, net.policy_head.weight
         body, discrete = net.body, isinstance(net.action_space, spaces.Discrete)
         known = discrete or net.distribution in ("gaussian", "squashed", "deterministic")
@@ -70,7 +75,7 @@ class Actor:
     def sample(self, obs: Tensor, noise: Tensor) -> Tensor:
         """Actions [B, ...] in the env's units, as `net.sample` gives them."""
         if len(obs) > self._rows or obs.dtype != torch.float32:
-            return self._net.sample(obs if self._obs_norm is None else self._obs_norm(obs), noise)
+            return self._large(obs, noise)
         if self._place != self._weight.data_ptr():
             self._look_up()
 
@@ -90,6 +95,10 @@ class Actor:
         x = x.dot(weight)
         x += bias
         return torch.from_numpy(self._finish(x, noise.numpy()))
+
+    def large(self, obs: Tensor, noise: Tensor) -> Tensor:
+        """What `sample` does with torch, in one graph where compiled."""
+        return self._net.sample(obs if self._obs_norm is None else self._obs_norm(obs), noise)
 
     def _finish(self, x: Array, noise: Array) -> Array:
         """Actions of the head's output x [B, outputs], which may be written to."""

@@ -20,7 +20,7 @@ from pgrl.agents import A3C
 from pgrl.agents.a3c import Shared
 from pgrl.config import RunConfig
 from pgrl.data import Rollout
-from pgrl.envs import Episode
+from pgrl.envs import Episodes
 from pgrl.errors import NonFiniteError
 from pgrl.processes import NAME, Failure, WorkerError, context, failure, follow_main, how_it_died, start_server
 from pgrl.runs import Run, build
@@ -38,7 +38,7 @@ WORKER_STREAM = 2_000_003  # in the seeds of workers, which share no stream with
 class Report(NamedTuple):
     """What a worker has done since its last report."""
 
-    updates: list[tuple[dict[str, float], list[Episode]]]  # the metrics of each, and the episodes that ended before it
+    updates: list[tuple[dict[str, float], Episodes]]  # the metrics of each, and the episodes that ended before it
     collecting: float  # seconds
     updating: float  # seconds
 

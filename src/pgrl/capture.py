@@ -16,6 +16,7 @@ from torch import Generator, Tensor, nn
 from pgrl.agents import Agent
 from pgrl.data import Transition
 from pgrl.errors import UserError
+from pgrl.optim import GradientStep
 from pgrl.runs import detached
 
 WARM_UPS = 2  # calls before the capture: libraries set themselves up at the first, torch.compile may until the second
@@ -41,6 +42,19 @@ class Learner(Protocol):
 
     def learn(self, rollout: Transition, *schedules: Any) -> dict[str, Tensor]:
         """Learn from a rollout [T, B, ...]; metrics as 0-d tensors."""
+
+
+@runtime_checkable
+class Stepper(Protocol):
+    """An agent whose update decides on the host what it learns from, by `step`, a function of tensors and flags."""
+
+    device: torch.device
+    step: Callable[..., tuple[dict[str, Tensor], Tensor]]
+
+    def update(self, rollout: Transition, progress: float) -> dict[str, Tensor]: ...
+
+    def steps(self, *arguments: Any) -> tuple[dict[str, Tensor], Tensor]:
+        """What `step` computes, compiled or not: metrics, and TD errors [N]; it draws no random numbers."""
 
 
 class Captured(Generic[T]):
@@ -87,6 +101,50 @@ class Captured(Generic[T]):
                     x.copy_(before)
 
 
+class CapturedSteps:
+    """A Stepper's `step` as graphs, one for each set of flags: of its arguments, what is no tensor nor tuple of them.
+
+    The TD errors of a call are overwritten by the next one with its flags.
+    """
+
+    def __init__(self, agent: Stepper) -> None:
+        self._step, self._device = agent.step, agent.device
+        self._parts = [part for part in vars(agent).values() if isinstance(part, nn.Module | GradientStep)]
+        self._graphs: dict[Any, tuple[Captured[tuple[Tensor, Tensor]], list[str]]] = {}
+
+    def __call__(self, *arguments: Any) -> tuple[dict[str, Tensor], Tensor]:
+        flags = tuple(TENSORS if isinstance(x, Tensor | tuple) else x for x in arguments)
+        inputs = tuple(x for x in arguments if isinstance(x, Tensor | tuple))
+        if flags not in self._graphs:
+            self._graphs[flags] = self._new(flags)
+            inputs = copied(inputs)  # room of their own, for samples lie in memory that is shared
+        graph, names = self._graphs[flags]
+        metrics, td_error = graph(*inputs)
+        return dict(zip(names, metrics.clone().unbind(), strict=True)), td_error
+
+    def _new(self, flags: tuple[Any, ...]) -> tuple[Captured[tuple[Tensor, Tensor]], list[str]]:
+        names = list[str]()
+
+        def step(*inputs: Any) -> tuple[Tensor, Tensor]:
+            left = iter(inputs)
+            metrics, td_error = self._step(*(next(left) if x is TENSORS else x for x in flags))
+            names[:] = metrics
+            return torch.stack(list(metrics.values())), td_error
+
+        return Captured(step, self._parts, self._device), names
+
+
+TENSORS = object()  # stands among flags where an argument has tensors
+
+
+def copied(tree: Any) -> Any:
+    """Nested tuples with copies of their tensors, each in memory of its own."""
+    if isinstance(tree, Tensor):
+        return tree.clone(memory_format=torch.contiguous_format)
+    branches = map(copied, tree)
+    return type(tree)(*branches) if hasattr(tree, "_fields") else tuple(branches)
+
+
 @contextmanager
 def beside(device: torch.device) -> Iterator[None]:
     """Within it, what CUDA is given runs on a stream of its own, after what came before and ahead of what follows."""
@@ -121,7 +179,13 @@ def record(call: Callable[[], None], generators: Sequence[Generator], device: to
 
 
 def captured_update(agent: Agent) -> Callable[[Transition, float], dict[str, Tensor]]:
-    """`agent.update`, captured, for a `Learner`; its metrics come in main memory, by the one wait of an update."""
+    """`agent.update`, captured whole for a `Learner`, and for a `Stepper` each step that it takes.
+
+    A Learner's metrics come in main memory, by the one wait of an update.
+    """
+    if isinstance(agent, Stepper):
+        agent.step = CapturedSteps(agent)
+        return agent.update
     if not isinstance(agent, Learner):
         raise TypeError(f"{agent.name} has no update that can be captured")
     learner, names = agent, list[str]()

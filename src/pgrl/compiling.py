@@ -35,6 +35,7 @@ def compile_step(step: Callable[..., T]) -> Callable[..., T]:
 
     keep_graphs()
     dynamo.trace_autograd_ops = True  # without it torch.autograd.grad breaks the graph
+    dynamo.enable_aot_compile = True  # which torch 2.11 asks for
     owner = step.__self__  # type: ignore[attr-defined]
     options: Any = {"guard_filter_fn": without_guards}
     compiled: Any = torch.compile(step, fullgraph=True, dynamic=False, backend=inductor, options=options)
@@ -93,7 +94,8 @@ def inductor(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
 
     switches = ("strict_autograd_cache", "bypass_autograd_cache_key", "bundled_autograd_cache", "force_autograd_cache")
     with functorch.patch(dict.fromkeys(switches, False)):
-        run: Any = compile_fx(graph, inputs, config_patches=OPTIONS)
+        on_cpu = all(x.is_cpu for x in inputs)
+        run: Any = compile_fx(graph, inputs, config_patches={**OPTIONS, "cpp_wrapper": on_cpu})
         return Unsaved(run)
 
 

@@ -62,9 +62,9 @@ def evaluate(
         obs = env.reset()
         while any(len(p) < s for p, s in zip(played, share, strict=True)):
             obs = env.step(agent.act(obs.to(device), explore=False)).obs
-            for episode in env.episodes():
-                if len(played[episode.env]) < share[episode.env]:
-                    played[episode.env].append((episode.env_return, episode.length))
+            for env_return, length, i in zip(*env.episodes(), strict=True):
+                if len(played[i]) < share[i]:
+                    played[i].append((env_return, length))
     finally:
         env.close()
     in_order = [played[k % num_envs][k // num_envs] for k in range(episodes)]

@@ -59,7 +59,7 @@ class PolicyConfig:
     rescale: bool = True  # the policy works in [-1, 1], mapped to finite bounds; false: in the env's own units
 
 
-FEW_OUTPUTS = 8  # of a layer, which the compiler sums up faster than a library multiplies
+FEW_OUTPUTS = {"cpu": 8}  # of a layer, which the compiler sums up faster than a library multiplies; elsewhere 1
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -69,7 +69,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """
     if not torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
-    return ((x.unsqueeze(-2) * weight).sum(-1) if len(weight) <= FEW_OUTPUTS else x @ weight.T) + bias
+    few = len(weight) <= FEW_OUTPUTS.get(x.device.type, 1)
+    return ((x.unsqueeze(-2) * weight).sum(-1) if few else x @ weight.T) + bias
 
 
 class MLP(nn.Module):

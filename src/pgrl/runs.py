@@ -194,7 +194,7 @@ def build(config: RunConfig) -> Run:
     np.random.seed(config.seed % 2**32)
     random.seed(config.seed)
     processor.set_up(0, torch.device("cpu"))  # so that first weights are the same whatever ran here before
-    env = make_vec(config.env, config.num_envs, config.seed, config.device)
+    env = make_vec(config.env, config.num_envs, config.seed, config.device, compiled=config.compile is True)
     try:
         refuse_too_large(config, env)
         if vars(config.algo).get("norm_obs") and env.obs_space.dtype == "uint8":

@@ -56,7 +56,7 @@ def train(config: RunConfig, run: Run, upkeep: Upkeep) -> None:
             upkeep.signals.check()
             start = time.perf_counter()
             transition = gather(obs)
-            check_finite(transition._asdict(), f"{config.env.id} met or gave")
+            check_finite(rollout.transition._asdict(), f"{config.env.id} met or gave")  # where the envs are
             obs = rollout.obs[-1]
             collected = time.perf_counter()
             metrics = update(transition, position.iteration / iterations)
@@ -77,7 +77,7 @@ def train(config: RunConfig, run: Run, upkeep: Upkeep) -> None:
 def check_finite(tensors: dict[str, Tensor], source: str) -> None:
     """NonFiniteError naming those of the tensors that hold NaN or infinity."""
     floats = [x for x in tensors.values() if x.is_floating_point()]
-    elsewhere = [(x.sum() if x.dim() else x).double() for x in floats if not x.is_cpu]
+    elsewhere = [(x.sum() if x.dim() else x).float() for x in floats if not x.is_cpu]
     total = float(torch.stack(elsewhere).sum()) if elsewhere else 0.0  # one wait for the device, not one for each
     with np.errstate(over="ignore", invalid="ignore"):
         total += sum(squared(x) if x.dim() else x.item() for x in floats if x.is_cpu)

@@ -72,7 +72,7 @@ class A2C(Agent):
             compiled=setting.compiled and not whole,
         )
         self.whole_step = compile_step(self.step_with_targets) if whole else self.step_with_targets
-        self.actor = Actor(self.net, self.obs_norm)
+        self.actor = Actor(self.net, self.obs_norm, compiled=setting.compiled)
 
     def act(self, obs: Tensor, explore: bool = True) -> Tensor:
         return self.actor.sample(obs, self.noise.next(len(obs))) if explore else self.actor.mode(obs)

@@ -81,7 +81,7 @@ class DDPG(Agent):
         self.step = compile_step(self.steps) if setting.compiled else self.steps
         self.target_policy = Target(self.target_net, self.actor_step.whole)
         self.target_q = Target(self.target_critics, self.critic_step.whole)
-        self.actor = Actor(self.net, self.obs_norm)
+        self.actor = Actor(self.net, self.obs_norm, compiled=setting.compiled)
 
     def act(self, obs: Tensor, explore: bool = True) -> Tensor:
         if explore and self.buffer.count < self.config.learning_starts:

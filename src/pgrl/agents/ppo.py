@@ -111,7 +111,7 @@ class PPO(Agent):
             clip_per_group=config.clip_grad_per_network,
             compiled=setting.compiled,
         )
-        self.actor = Actor(self.net, self.obs_norm)
+        self.actor = Actor(self.net, self.obs_norm, compiled=setting.compiled)
 
     def act(self, obs: Tensor, explore: bool = True) -> Tensor:
         return self.actor.sample(obs, self.noise.next(len(obs))) if explore else self.actor.mode(obs)

@@ -74,7 +74,7 @@ class REINFORCE(Agent):
         self.critic = Critic(config, self.net, setting) if config.baseline == "value" else None
         self.age = torch.zeros(setting.num_envs, dtype=torch.int64, device=setting.device)  # of the running episodes
         self.updates = torch.zeros((), dtype=torch.int64)
-        self.actor = Actor(self.net, self.obs_norm)
+        self.actor = Actor(self.net, self.obs_norm, compiled=setting.compiled)
 
     def act(self, obs: Tensor, explore: bool = True) -> Tensor:
         return self.actor.sample(obs, self.noise.next(len(obs))) if explore else self.actor.mode(obs)

@@ -104,7 +104,7 @@ class SAC(Agent):
         self.temperature_step = gradient_step(config, self.temperature_loss, self.temperature)
         self.step = compile_step(self.steps) if setting.compiled else self.steps
         self.target = Target(self.target_critics, self.critic_step.whole)
-        self.actor = Actor(self.net, self.obs_norm)
+        self.actor = Actor(self.net, self.obs_norm, compiled=setting.compiled)
 
     def act(self, obs: Tensor, explore: bool = True) -> Tensor:
         if explore and self.buffer.count < self.config.learning_starts:

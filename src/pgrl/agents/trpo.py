@@ -55,7 +55,7 @@ class TRPO(Agent):
         self.policy = FlatParameters(self.net.policy_parameters())
         self.critic = Critic(config, self.net, setting)
         self.updates = torch.zeros((), dtype=torch.int64)
-        self.actor = Actor(self.net, self.obs_norm)
+        self.actor = Actor(self.net, self.obs_norm, compiled=setting.compiled)
 
     def act(self, obs: Tensor, explore: bool = True) -> Tensor:
         return self.actor.sample(obs, self.noise.next(len(obs))) if explore else self.actor.mode(obs)

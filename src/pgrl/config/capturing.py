@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from pgrl.config.schema import RunConfig
 
 ACT = ("a2c", "npg", "ppo", "reinforce", "trpo")  # whose acting asks the host nothing
-LEARN = ("a2c", "ppo")  # whose update, too, is a function of tensors
+LEARN = ("a2c", "ddpg", "ppo", "sac")  # whose update is a function of tensors, or the steps that it takes are
 
 
 def obstacles(config: RunConfig) -> dict[str, str]:

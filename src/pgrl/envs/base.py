@@ -24,12 +24,31 @@ class EnvConfig:
     processes: int = 1  # that step Gymnasium's envs side by side, this one among them; the run is the same
 
 
-class Episode(NamedTuple):
-    """A finished episode: the sum of its raw rewards, its length in steps, and the env that played it."""
+class Episodes(NamedTuple):
+    """Finished episodes in order: the sum of the raw rewards of each, its length in steps, and the env that played it.
 
-    env_return: float
-    length: int
-    env: int
+    Lists, not tuples of each: of thousands of envs thousands end in a rollout.
+    """
+
+    env_return: list[float]
+    length: list[int]
+    env: list[int]
+
+    @classmethod
+    def none(cls) -> Episodes:
+        return cls([], [], [])
+
+    def extend(self, more: Episodes) -> None:
+        self.env_return.extend(more.env_return)
+        self.length.extend(more.length)
+        self.env.extend(more.env)
+
+    def take(self) -> Episodes:
+        """All of them, to be told; none is left here."""
+        taken = Episodes(self.env_return.copy(), self.length.copy(), self.env.copy())
+        for column in self:
+            column.clear()
+        return taken
 
 
 class VecEnv(Protocol):
@@ -49,7 +68,7 @@ class VecEnv(Protocol):
     def step(self, action: Tensor, out: Step | None = None) -> Step:
         """Act in every env, actions [B, ...] in the env's units, clipped to its bounds; the answer is in `out`."""
 
-    def episodes(self) -> list[Episode]:
+    def episodes(self) -> Episodes:
         """The episodes that ended since the last call, in order."""
 
     def state_dict(self) -> dict[str, Any]:

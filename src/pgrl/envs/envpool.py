@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pgrl.data import Step, action_rows
 from pgrl.env_ids import envpool_ids, near_ids, time_limit
-from pgrl.envs.base import EnvConfig, Episode, episode_seed, new_step
+from pgrl.envs.base import EnvConfig, Episodes, episode_seed, new_step
 from pgrl.envs.gymnasium import GymnasiumVecEnv
 from pgrl.envs.make import refuse_limit
 from pgrl.envs.spaces import ToEnv, obs_rows
@@ -52,7 +52,7 @@ class EnvPoolVecEnv:
         self._obs = np.zeros((num_envs, *self.obs_space.shape), self.obs_space.dtype)
         self._episode = [0] * num_envs  # index of the running episode
         self._return, self._length = np.zeros(num_envs), np.zeros(num_envs, np.int64)  # of the running episode so far
-        self._finished: list[Episode] = []
+        self._finished = Episodes.none()
         self._pool: Any = None
 
     def reset(self) -> Tensor:
@@ -76,17 +76,17 @@ class EnvPoolVecEnv:
         obs[:] = next_obs
         ended = np.flatnonzero(terminated | truncated).astype(np.int32)
         if len(ended):
-            for i in ended.tolist():
-                self._finished.append(Episode(float(self._return[i]), int(self._length[i]), i))
+            over = Episodes(self._return[ended].tolist(), self._length[ended].tolist(), ended.tolist())
+            self._finished.extend(over)
+            for i in over.env:
                 self._episode[i] += 1
             self._return[ended], self._length[ended] = 0.0, 0
             obs[ended] = self._rows(self._pool.reset(ended)[0])
         self._obs[:] = obs
         return out
 
-    def episodes(self) -> list[Episode]:
-        finished, self._finished = self._finished, []
-        return finished
+    def episodes(self) -> Episodes:
+        return self._finished.take()
 
     def state_dict(self) -> dict[str, Any]:
         return {"seed": self._seed, "episode": list(self._episode)}
@@ -119,7 +119,8 @@ class EnvPoolVecEnv:
         with quiet():
             self._pool = envpool.make(self._id, env_type="gymnasium", **own)
             self._obs[:] = self._rows(self._pool.reset()[0])
-        self._episode, self._finished = list(episodes), []
+        self._episode = list(episodes)
+        self._finished.take()
         self._return[:], self._length[:] = 0.0, 0
 
     def _rows(self, batch: Any) -> NDArray[Any]:

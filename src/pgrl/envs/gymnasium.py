@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pgrl.data import Step
-from pgrl.envs.base import EnvConfig, Episode, episode_seed, new_step
+from pgrl.envs.base import EnvConfig, Episodes, episode_seed, new_step
 from pgrl.envs.make import make, peel
 from pgrl.envs.spaces import ToEnv, obs_rows, quicken, to_row
 
@@ -43,11 +43,11 @@ class GymnasiumVecEnv:
         self._episode = [0] * num_envs  # index of the running episode
         self._return = [0.0] * num_envs  # its rewards so far
         self._history = History(self._to_env.shape, self._to_env.dtype)
-        self._finished: list[Episode] = []
+        self._finished = Episodes.none()
         self._begun = False
 
     def reset(self) -> Tensor:
-        self._finished = []
+        self._finished.take()
         for i in range(self.num_envs):
             self._begin(i, 0)
         self._begun = True
@@ -86,14 +86,13 @@ class GymnasiumVecEnv:
             raise
         obs[:] = next_obs
         for i in ended:
-            self._finished.append(Episode(returns[i], steps - began[i], self._first + i))
+            self._finished.extend(Episodes([returns[i]], [steps - began[i]], [self._first + i]))
             self._begin(i, self._episode[i] + 1)
             obs[i] = self._obs[i]
         self._obs[:] = obs
 
-    def episodes(self) -> list[Episode]:
-        finished, self._finished = self._finished, []
-        return finished
+    def episodes(self) -> Episodes:
+        return self._finished.take()
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -112,7 +111,8 @@ class GymnasiumVecEnv:
         """
         if len(state["actions"]) != self.num_envs:
             raise ValueError(f"a state of {len(state['actions'])} envs does not fit {self.num_envs} envs")
-        self._seed, self._finished = state["seed"], []
+        self._seed = state["seed"]
+        self._finished.take()
         lost = []
         for i, actions in enumerate(state["actions"]):
             self._begin(i, state["episode"][i])

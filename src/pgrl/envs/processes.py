@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pgrl import processor
 from pgrl.data import Step, action_rows
-from pgrl.envs.base import EnvConfig, Episode, new_step
+from pgrl.envs.base import EnvConfig, Episodes, new_step
 from pgrl.envs.gymnasium import GymnasiumVecEnv
 from pgrl.processes import (
     NAME,
@@ -88,7 +88,7 @@ class ProcessesVecEnv:
         self._own = GymnasiumVecEnv(config, sizes[0], seed, of=num_envs)
         self.obs_space, self.action_space = self._own.obs_space, self._own.action_space
         self._obs = np.zeros((num_envs, *self.obs_space.shape), self.obs_space.dtype)
-        self._finished: list[Episode] = []
+        self._finished = Episodes.none()
         self._begun = self._broken = False
         spins = SPINS if len(sizes) <= processor.cores() else 0  # else it would keep a core from one that works
         start_server()
@@ -105,7 +105,7 @@ class ProcessesVecEnv:
             raise
 
     def reset(self) -> Tensor:
-        self._finished = []
+        self._finished.take()
         self._obs[:] = np.concatenate(self._everywhere("reset"))
         self._begun = True
         return self.obs()
@@ -125,17 +125,17 @@ class ProcessesVecEnv:
             self._own.answer(action[:own], [x[:own] for x in arrays])
             for worker in self._workers:
                 if worker.finish(arrays):
-                    self._finished += self._own.episodes()  # of this step or an earlier one
-                    self._finished += worker.episodes()
+                    self._finished.extend(self._own.episodes())  # of this step or an earlier one
+                    self._finished.extend(worker.episodes())
         except BaseException:
             self._broken = True
             raise
         self._obs[:] = arrays[0]
         return out
 
-    def episodes(self) -> list[Episode]:
-        finished, self._finished = self._finished + self._own.episodes(), []
-        return finished
+    def episodes(self) -> Episodes:
+        self._finished.extend(self._own.episodes())
+        return self._finished.take()
 
     def state_dict(self) -> dict[str, Any]:
         parts = self._everywhere("state_dict")
@@ -148,7 +148,8 @@ class ProcessesVecEnv:
         """As GymnasiumVecEnv's, each process for its envs."""
         if len(state["actions"]) != self.num_envs:
             raise ValueError(f"a state of {len(state['actions'])} envs does not fit {self.num_envs} envs")
-        self._finished, parts, first = [], [], 0
+        self._finished.take()
+        parts, first = [], 0
         for number in [self._own.num_envs, *(worker.task.number for worker in self._workers)]:
             rows = slice(first, first + number)
             theirs = {key: state[key][rows] for key in ("episode", "return", "obs", "actions")}
@@ -221,10 +222,10 @@ class Worker:
             row[self._rows] = shared
         return ended
 
-    def episodes(self) -> list[Episode]:
+    def episodes(self) -> Episodes:
         """Those that ended in the last step."""
         over = np.flatnonzero(self._lengths)
-        return [Episode(float(self._returns[i]), int(self._lengths[i]), self.task.first + int(i)) for i in over]
+        return Episodes(self._returns[over].tolist(), self._lengths[over].tolist(), (self.task.first + over).tolist())
 
     def call(self, name: str, arguments: tuple[Any, ...]) -> None:
         """Begin a method of its GymnasiumVecEnv; `answer` has the result."""
@@ -345,9 +346,8 @@ def serve(task: Task, link: Link, envs: GymnasiumVecEnv, met: list[tuple[str, st
             continue
         envs.answer(action, rows)
         episodes = envs.episodes()
-        if episodes or ended[0]:
-            lengths[:], ended[0] = 0, len(episodes)
-            for episode in episodes:
-                i = episode.env - task.first
-                returns[i], lengths[i] = episode.env_return, episode.length
+        if episodes.env or ended[0]:
+            lengths[:], ended[0] = 0, len(episodes.env)
+            own = [env - task.first for env in episodes.env]
+            returns[own], lengths[own] = episodes.env_return, episodes.length
         link.done.release()

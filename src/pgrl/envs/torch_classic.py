@@ -16,8 +16,9 @@ import gymnasium.spaces as spaces
 import torch
 from torch import Tensor
 
+from pgrl.compiling import compile_step
 from pgrl.data import Step, restore_generator
-from pgrl.envs.base import EnvConfig, Episode, episode_seed, new_step
+from pgrl.envs.base import EnvConfig, Episodes, episode_seed, new_step
 from pgrl.envs.make import make, peel
 from pgrl.envs.spaces import obs_rows
 from pgrl.errors import UserError
@@ -248,11 +249,12 @@ class TorchVecEnv:
     number of envs and on the kind of device beside the seed.
 
     The length and the return of what ended are kept as rows [B], 12 bytes a step and env, until `episodes` reads them.
-    That call waits for the device, and takes the host about a microsecond for each episode that ended. It reads what
-    the rows hold, whether the host or a CUDA graph had them written.
+    That call waits for the device. It reads what the rows hold, whether the host or a CUDA graph had them written.
     """
 
-    def __init__(self, config: EnvConfig, num_envs: int, seed: int, device: torch.device) -> None:
+    def __init__(
+        self, config: EnvConfig, num_envs: int, seed: int, device: torch.device, compiled: bool = False
+    ) -> None:
         self.num_envs, self.device = num_envs, device
         self._classic, self._seed = classic(config), seed
         env, self._limit = peel(make(config, 1)[0])
@@ -270,10 +272,11 @@ class TorchVecEnv:
         self._ended_length = torch.zeros(1, num_envs, dtype=torch.int32, device=device)
         self._ended_return = torch.zeros(1, num_envs, dtype=torch.float64, device=device)
         self._begun = False
+        self._advance = compile_step(self.advance) if compiled else self.advance
 
     def reset(self) -> Tensor:
         self._generator.manual_seed(episode_seed(self._seed, 0, 0))
-        self._state.copy_(self._first())
+        self._state.copy_(self._classic.reset(self._noise()))
         self._length.zero_()
         self._return.zero_()
         self._forget()
@@ -287,6 +290,15 @@ class TorchVecEnv:
         if not self._begun:
             raise RuntimeError("call reset or load_state_dict before step")
         out = new_step(self.obs()) if out is None else out
+        self._advance(action, self._noise(), tuple(out), self._row())
+        return out
+
+    def advance(self, action: Tensor, noise: Tensor, out: tuple[Tensor, ...], row: tuple[Tensor, Tensor]) -> None:
+        """A step as operations on tensors alone, one graph where compiled: its answer in `out`, what ended in `row`.
+
+        `noise` [S, B] makes first states: drawing those that are not needed is cheaper than asking which are.
+        """
+        out_obs, out_reward, out_terminated, out_truncated, out_next_obs = out
         action = action.reshape(self.num_envs)  # each of these envs takes one number
         if self._bounds is not None:
             action = action.clamp(*self._bounds)
@@ -295,22 +307,22 @@ class TorchVecEnv:
         self._return += reward
         truncated = self._length >= self._limit
         ended = terminated | truncated
-        self._keep(ended)
-        out.next_obs.copy_(self._classic.observe(state).T)
-        out.reward.copy_(reward)
-        out.terminated.copy_(terminated)
-        out.truncated.copy_(truncated)
+        torch.mul(self._length, ended, out=row[0])
+        row[1].copy_(self._return)
+        out_next_obs.copy_(self._classic.observe(state).T)
+        out_reward.copy_(reward)
+        out_terminated.copy_(terminated)
+        out_truncated.copy_(truncated)
 
-        torch.where(ended, self._first(), state, out=self._state)
+        torch.where(ended, self._classic.reset(noise), state, out=self._state)
         self._length.masked_fill_(ended, 0)
         self._return.masked_fill_(ended, 0.0)
-        out.obs.copy_(self._classic.observe(self._state).T)
-        return out
+        out_obs.copy_(self._classic.observe(self._state).T)
 
-    def episodes(self) -> list[Episode]:
+    def episodes(self) -> Episodes:
         lengths, returns = self._ended_length, self._ended_return
         where = step, env = lengths.nonzero(as_tuple=True)
-        ended = list(map(Episode, returns[where].tolist(), lengths[where].tolist(), env.tolist()))
+        ended = Episodes(returns[where].tolist(), lengths[where].tolist(), env.tolist())
         self._forget()
         return ended
 
@@ -341,22 +353,20 @@ class TorchVecEnv:
 
     def close(self) -> None: ...
 
-    def _first(self) -> Tensor:
-        """A first state [S, B] for every env; drawing those that are not needed is cheaper than asking which are."""
+    def _noise(self) -> Tensor:
+        """What makes a first state for every env, [S, B]."""
         shape, like = self._state.shape, self._state
-        noise = torch.rand(shape, generator=self._generator, dtype=like.dtype, device=like.device)
-        return self._classic.reset(noise)
+        return torch.rand(shape, generator=self._generator, dtype=like.dtype, device=like.device)
 
     def _forget(self) -> None:
         """Leave no episode to tell of."""
         self._ended_length.zero_()
         self._rows = 0
 
-    def _keep(self, ended: Tensor) -> None:
-        """Note the lengths and returns of the episodes that `ended` [B]."""
+    def _row(self) -> tuple[Tensor, Tensor]:
+        """Room for the lengths and returns of what ends in the next step, [B] each."""
         if self._rows == len(self._ended_length):
             self._ended_length = torch.cat([self._ended_length, torch.zeros_like(self._ended_length)])
             self._ended_return = torch.cat([self._ended_return, torch.zeros_like(self._ended_return)])
-        torch.mul(self._length, ended, out=self._ended_length[self._rows])
-        self._ended_return[self._rows].copy_(self._return)
         self._rows += 1
+        return self._ended_length[self._rows - 1], self._ended_return[self._rows - 1]
