@@ -61,7 +61,7 @@ WORKLOADS = {
     "sac-halfcheetah": Workload(
         "algo=sac env=HalfCheetah-v4 algo.batch_size=256 algo.learning_starts=1000",
         num_steps=1,
-        captures=False,
+        captures="update",
         envs=[1],
         iterations=2000,
         warm_ups=1500,

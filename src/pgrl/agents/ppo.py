@@ -18,6 +18,7 @@ from pgrl import functional
 from pgrl.acting import Actor
 from pgrl.agents.base import Agent, Setting, generator
 from pgrl.agents.on_policy import AdvantageConfig, make_normalisers, prepare, targets
+from pgrl.compiling import compile_step
 from pgrl.data import NoiseStream, Transition, flatten_time, minibatches
 from pgrl.networks import ActorCritic
 from pgrl.optim import Adam, GradientStep
@@ -111,6 +112,9 @@ class PPO(Agent):
             clip_per_group=config.clip_grad_per_network,
             compiled=setting.compiled,
         )
+        # statistics of returns are numbers in double precision, which dynamo would make constants of a graph
+        whole = setting.compiled and self.value_norm is None
+        self.batch = compile_step(self.make_batch) if whole else self.make_batch
         self.actor = Actor(self.net, self.obs_norm, compiled=setting.compiled)
 
     def act(self, obs: Tensor, explore: bool = True) -> Tensor:
@@ -123,7 +127,7 @@ class PPO(Agent):
         """`update`, given what `schedules` says; without `target_kl` it asks the host nothing."""
         config, raw_obs = self.config, rollout.obs
         rollout = prepare(config, self.net, self.obs_norm, self.reward_scaler, rollout)
-        batch = self._batch(rollout)
+        batch = Batch(*self.batch(rollout))
 
         steps: list[Metrics] = []
         for epoch in range(config.update_epochs):
@@ -188,12 +192,13 @@ class PPO(Agent):
 
         return loss, (policy_loss, value_loss, entropy, log_ratio)
 
-    def _batch(self, rollout: Transition) -> Batch:
+    def make_batch(self, rollout: Transition) -> tuple[Tensor, ...]:
+        """The fields of a Batch: a prepared rollout, and what the present policy and value function say of it."""
         with torch.no_grad():
             log_prob = self.net.policy(rollout.obs.flatten(0, 1)).log_prob(rollout.action.flatten(0, 1))
         nothing = torch.empty(0)
         batch = Batch(rollout.obs, rollout.action, log_prob.view_as(rollout.reward), nothing, nothing, nothing)
-        return self._with_targets(batch, rollout, first=True)
+        return tuple(self._with_targets(batch, rollout, first=True))
 
     def _with_targets(self, batch: Batch, rollout: Transition, *, first: bool = False) -> Batch:
         """The batch with values, advantages and returns by the present value function."""
