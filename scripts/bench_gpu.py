@@ -5,14 +5,14 @@
     python scripts/bench_gpu.py ppo-halfcheetah sac-halfcheetah   with envs on the CPU, as LeanRL's figures
     python scripts/bench_gpu.py --device cpu --envs 64 --iterations 2    whether it works, without a GPU
 
-CartPole-v1 as tensors on the device (env.backend=torch), rollouts of 32 steps, 4 epochs of 4 minibatches, through the
-loop of every run. HalfCheetah-v4 with the settings of LeanRL's ppo_continuous_action.py and sac_continuous_action.py,
-but for the policy, which SAC here updates at every step, and there twice at every other one.
+CartPole-v1 as tensors on the device (env.backend=torch), 4 epochs of 4 minibatches, through the loop of every run.
+HalfCheetah-v4 with the settings of LeanRL's ppo_continuous_action.py and sac_continuous_action.py, but for the policy,
+which SAC here updates at every step, and there twice at every other one.
 
 Medians over iterations. `rest` is what the loop does beside, such as the report of each episode that ended; `steps/s`
-counts it, over all envs. The first iteration is apart: in it everything is compiled, warmed up and captured. On a CPU,
-where there are no graphs, the captured ways are the code around them. Leaves with exit code 2 where there is no such
-device.
+counts it, over all envs. The longest iteration is apart: in it everything is compiled, warmed up and captured. On a
+CPU, where there are no graphs, the captured ways are the code around them. Leaves with exit code 2 where there is no
+such device.
 """
 
 import argparse
@@ -46,12 +46,12 @@ class Workload:
 
 WORKLOADS = {
     "ppo-cartpole": Workload(
-        "algo=ppo env=CartPole-v1 env.backend=torch algo.num_steps=32 algo.update_epochs=4 algo.num_minibatches=4",
+        "algo=ppo env=CartPole-v1 env.backend=torch algo.update_epochs=4 algo.num_minibatches=4",
         num_steps=32,
         captures=True,
     ),
     "ppo-halfcheetah": Workload(
-        "algo=ppo env=HalfCheetah-v4 algo.num_steps=2048 algo.update_epochs=10 algo.num_minibatches=32",
+        "algo=ppo env=HalfCheetah-v4 algo.update_epochs=10 algo.num_minibatches=32",
         num_steps=2048,
         captures="update",
         envs=[1],
@@ -85,7 +85,9 @@ class Clock:
         self.updates.append(updating)
 
 
-def measure(workload: Workload, way: str, num_envs: int, iterations: int, device: str) -> dict[str, float]:
+def measure(
+    workload: Workload, way: str, num_envs: int, iterations: int, device: str, *, tf32: bool = False
+) -> dict[str, float]:
     """Seconds of the longest iteration, medians of those that count: whole, rollout and update; and their env steps."""
     from pgrl.config import compose
     from pgrl.runs import build
@@ -94,8 +96,9 @@ def measure(workload: Workload, way: str, num_envs: int, iterations: int, device
     compiled, captured = WAYS[way]
     steps = num_envs * workload.num_steps
     total = (workload.warm_ups + iterations) * steps
-    words = [*workload.words.split(), "tuned=null", "threads=1", f"num_envs={num_envs}", f"total_timesteps={total}"]
-    config = compose([*words, f"device={device}", f"compile={str(compiled).lower()}", "capture=false"])
+    words = [*workload.words.split(), f"algo.num_steps={workload.num_steps}", f"num_envs={num_envs}"]
+    words += ["tuned=null", "threads=1", f"total_timesteps={total}", f"device={device}", f"tf32={str(tf32).lower()}"]
+    config = compose([*words, f"compile={str(compiled).lower()}", "capture=false"])
     run, clock = build(config), Clock()
     run.env.reset()
     upkeep: Any = clock
@@ -119,6 +122,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workloads", nargs="*", default="ppo-cartpole", help=f"of {', '.join(WORKLOADS)}")
     parser.add_argument("--envs", nargs="+", type=int, default=ENVS, help="of CartPole-v1 (default: 1k to 64k)")
+    parser.add_argument("--num-steps", type=int, default=32, help="of a rollout of CartPole-v1 (default 32)")
+    parser.add_argument("--tf32", action="store_true", help="multiply matrices in TF32")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="all if none is given")
     parser.add_argument("--iterations", type=int, default=20, help="that count, of CartPole-v1 (default 20)")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, cpu (default cuda)")
@@ -127,16 +132,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"there is no {options.device} for torch {torch.__version__}; try --device cpu", file=sys.stderr)
         return 2
     name = bench_peers.processor() if options.device == "cpu" else torch.cuda.get_device_name(options.device)
-    print(f"{name}, torch {torch.__version__}, medians of iterations\n")
+    products = "TF32" if options.tf32 else "float32"
+    print(f"{name}, torch {torch.__version__}, products in {products}, medians of iterations\n")
     print("| workload | envs | way | steps/s | rollout, ms | update, ms | rest, ms | longest iteration, s |")
     print("|---|--:|---|--:|--:|--:|--:|--:|", flush=True)
     names = [options.workloads] if isinstance(options.workloads, str) else options.workloads
     for name in names:
         workload = WORKLOADS[name]
+        if not workload.envs:
+            workload = replace(workload, num_steps=options.num_steps)
         ways = [way for way in options.ways if workload.captures or not WAYS[way][1]]
         for num_envs in workload.envs or options.envs:
             for way in ways:
-                found = measure(workload, way, num_envs, workload.iterations or options.iterations, options.device)
+                iterations = workload.iterations or options.iterations
+                found = measure(workload, way, num_envs, iterations, options.device, tf32=options.tf32)
                 print(line(name, num_envs, way, found), flush=True)
     return 0
 

@@ -5,10 +5,11 @@
 
 For an interpreter with jax, flax, optax and gymnax. PureJaxRL (Lu et al. 2022, github.com/luchris429/purejaxrl) is no
 package; this follows its structure (envs of gymnax under vmap, rollouts, advantages, epochs and minibatches as nested
-scans, values predicted while acting, a time limit taken for death) with the settings of bench_gpu.py: rollouts of 32
-steps, 4 epochs of 4 minibatches, two networks of 64 x 64 tanh units, Adam with a rate that falls to 0, gradients
-clipped, values clipped, advantages normalised in each minibatch. Steps/s are of the compiled program, called once
-before it is timed; it reports nothing in between, and its returns are those of the last episodes of all envs.
+scans, values predicted while acting, a time limit taken for death) with the settings of bench_gpu.py: 4 epochs of 4
+minibatches, two networks of 64 x 64 tanh units, Adam with a rate that falls to 0, gradients clipped, values clipped,
+advantages normalised in each minibatch. XLA multiplies in TF32 unless JAX_DEFAULT_MATMUL_PRECISION=highest. Steps/s are
+of the compiled program, called once before it is timed; it reports nothing in between, and its returns are those of the
+last episodes of all envs.
 """
 
 import argparse
@@ -24,7 +25,7 @@ import numpy as np
 import optax
 from flax.linen.initializers import constant, orthogonal
 
-STEPS, EPOCHS, MINIBATCHES = 32, 4, 4
+EPOCHS, MINIBATCHES = 4, 4
 GAMMA, LAMBDA, CLIP, VALUE_CLIP, VALUE_WEIGHT, RATE, NORM = 0.99, 0.95, 0.2, 0.2, 0.5, 3e-4, 0.5
 
 
@@ -59,7 +60,7 @@ def log_probs(logits: jax.Array, action: jax.Array) -> jax.Array:
     return jnp.take_along_axis(jax.nn.log_softmax(logits), action[:, None], -1).squeeze(-1)
 
 
-def make_training(num_envs: int, iterations: int) -> Any:
+def make_training(num_envs: int, num_steps: int, iterations: int) -> Any:
     """A function of a random key: trains for so many iterations, and gives the mean return of last episodes."""
     env, env_params = gymnax.make("CartPole-v1")
     net = Net(env.action_space(env_params).n)
@@ -107,16 +108,16 @@ def make_training(num_envs: int, iterations: int) -> Any:
     def iterate(carry: Any, _: None) -> tuple[Any, None]:
         params, moments, env_state, obs, key, running, last = carry
         acting = (params, env_state, obs, key, running, last)
-        (_, env_state, obs, key, running, last), rows = jax.lax.scan(act, acting, None, STEPS)
+        (_, env_state, obs, key, running, last), rows = jax.lax.scan(act, acting, None, num_steps)
         _, next_value = net.apply(params, obs)
         _, advantage = jax.lax.scan(back, (jnp.zeros_like(next_value), next_value), rows, reverse=True, unroll=16)
         whole = (rows, advantage, advantage + rows.value)
-        flat = jax.tree.map(lambda x: x.reshape(STEPS * num_envs, *x.shape[2:]), whole)
+        flat = jax.tree.map(lambda x: x.reshape(num_steps * num_envs, *x.shape[2:]), whole)
 
         def epoch(carry: Any, _: None) -> tuple[Any, None]:
             params, moments, key = carry
             key, key_order = jax.random.split(key)
-            order = jax.random.permutation(key_order, STEPS * num_envs)
+            order = jax.random.permutation(key_order, num_steps * num_envs)
             parts = jax.tree.map(lambda x: x[order].reshape(MINIBATCHES, -1, *x.shape[1:]), flat)
             (params, moments), _ = jax.lax.scan(descend, (params, moments), parts)
             return (params, moments, key), None
@@ -141,19 +142,22 @@ def make_training(num_envs: int, iterations: int) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--envs", nargs="+", type=int, default=[1024, 4096, 16384, 65536])
+    parser.add_argument("--num-steps", type=int, default=32, help="of a rollout (default 32)")
     parser.add_argument("--iterations", type=int, default=100, help="of a training (default 100)")
     options = parser.parse_args()
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, gymnax {version('gymnax')}\n")
     print("| envs | steps/s | an iteration, ms | to compile, s | last returns |\n|--:|--:|--:|--:|--:|", flush=True)
     for num_envs in options.envs:
         start = time.perf_counter()
-        program = jax.jit(make_training(num_envs, options.iterations)).lower(jax.random.key(0)).compile()
+        program = (
+            jax.jit(make_training(num_envs, options.num_steps, options.iterations)).lower(jax.random.key(0)).compile()
+        )
         compiling = time.perf_counter() - start
         program(jax.random.key(1)).block_until_ready()
         start = time.perf_counter()
         last = float(program(jax.random.key(2)).block_until_ready())
         seconds = (time.perf_counter() - start) / options.iterations
-        sps = num_envs * STEPS / seconds
+        sps = num_envs * options.num_steps / seconds
         print(f"| {num_envs:,} | {sps:,.0f} | {1e3 * seconds:,.2f} | {compiling:.1f} | {last:.0f} |", flush=True)
 
 

@@ -68,11 +68,15 @@ IDLE = {
     "algo.alpha_lr": "algo.alpha_lr=1e-3 algo=sac env=Pendulum-v1 algo.alpha=0.2",
     "algo.target_entropy": "algo.target_entropy=-3 algo=sac env=Pendulum-v1 algo.alpha=0.2",
     "eval_episodes": "eval_episodes=7",
+    "tf32": "tf32=true",
 }
 
 
 @pytest.mark.parametrize("key", checks.NEEDS)
-def test_a_key_without_effect_is_told(key: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_key_without_effect_is_told(
+    key: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "wrong_device", lambda _: [])  # as if there was a GPU
     words, jobs = IDLE[key].split(), []
     config.main(words, jobs.append)
     note = capsys.readouterr().err
@@ -135,7 +139,8 @@ ALL = "env=CartPole-v1 env.backend=torch"
         (f"algo=trpo {ALL}", "rollout", "^rollouts are .*; updates are not, for algo=trpo decides"),
         ("algo=a2c env=CartPole-v1", "update", "^updates are .*; rollouts are not, for env.backend=gymnasium steps"),
         ("algo=npg env=CartPole-v1", False, "^nothing is .* env.backend=gymnasium .*, and algo=npg decides"),
-        ("algo=sac env=Pendulum-v1 env.backend=torch", False, "algo=sac decides on the CPU how it acts, and algo=sac"),
+        ("algo=sac env=Pendulum-v1 env.backend=torch", "update", "^updates are .* for algo=sac decides on the CPU how"),
+        ("algo=dpg env=Pendulum-v1 env.backend=torch", False, "algo=dpg decides on the CPU how it acts, and algo=dpg"),
         (f"algo=ppo {ALL} profile=true", False, "profile=true"),
     ],
 )
@@ -167,7 +172,8 @@ def test_nothing_is_captured_unasked() -> None:
             "capture=rollout",
         ),
         (f"{ALL} algo=npg capture=update", "capture", "^updates cannot .* algo=npg", "capture=rollout"),
-        ("env=Pendulum-v1 algo=sac capture=true", "capture", "rollouts .*, and updates cannot", "capture=false"),
+        ("env=Pendulum-v1 algo=sac capture=true", "capture", "^rollouts cannot", "capture=update"),
+        ("env=Pendulum-v1 algo=dpg capture=true", "capture", "rollouts .*, and updates cannot", "capture=false"),
         (f"{ALL} capture=true profile=true", "profile", "capture=true leaves a CUDA graph", "profile=false"),
     ],
 )

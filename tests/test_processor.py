@@ -122,3 +122,13 @@ def test_freed_memory_is_kept_once() -> None:
         set_up(LARGE, CPU, threads=1)
         set_up(LARGE, CPU, threads=1)
     assert calls == ([(-3, 2**25), (-1, 2**28)] if sys.platform == "linux" else [])
+
+
+@pytest.mark.gpu
+def test_a_gpu_multiplies_in_single_precision_unless_tf32_is_asked_for() -> None:
+    x, y = torch.randn((2, 256, 256), device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+    errors = []
+    for tf32 in (False, True, False):
+        set_up(1, torch.device("cuda"), tf32=tf32)
+        errors.append(float((x @ y - x.double() @ y.double()).abs().max()))
+    assert max(errors[0], errors[2]) < 1e-4 < 1e-3 < errors[1]

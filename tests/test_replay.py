@@ -75,12 +75,20 @@ class World:
         return Transition(*(torch.stack(x) for x in zip(*rows, strict=True)))
 
 
-def make(world: World, capacity: int, n_step: int = 1, prioritised: Priority | None = None, seed: int = 0) -> Any:
+def make(
+    world: World,
+    capacity: int,
+    n_step: int = 1,
+    prioritised: Priority | None = None,
+    seed: int = 0,
+    to: torch.device | None = None,
+) -> Any:
     return ReplayBuffer(
         *(capacity, world.num_envs, world.obs_space, world.action_space, CPU, Generator().manual_seed(seed)),
         gamma=0.9,
         n_step=n_step,
         prioritised=prioritised,
+        to=to,
     )
 
 
@@ -564,3 +572,42 @@ def test_available_memory(files: dict[str, str], expected: int, tmp_path: Path) 
 def test_available_memory_here() -> None:
     assert 2**20 < memory.available() < 2**50
     assert isinstance(memory.available(Path("/nowhere")), int)
+
+
+# --- samples for another device ---
+
+
+def fields_of(batch: Batch) -> list[tuple[torch.Size, torch.dtype]]:
+    return [(x.shape, x.dtype) for x in batch]
+
+
+@pytest.mark.parametrize("prioritised", [None, Priority(0.6)])
+@pytest.mark.parametrize("n_step", [1, 3])
+def test_samples_go_to_the_device_of_the_agent(n_step: int, prioritised: Priority | None) -> None:
+    world = World(3, VECTOR, DISCRETE, 0.2, 1)
+    here, there = (make(world, 30, n_step, prioritised, to=device) for device in (None, torch.device("meta")))
+    rollout = world.rollout(20)
+    for buffer in (here, there):
+        buffer.add(rollout)
+    stays, moved = here.sample(8), there.sample(8)
+    assert fields_of(stays) == fields_of(moved)
+    assert [x.device.type for x in moved] == ["meta"] * (len(moved) - 1) + ["cpu"]
+    assert torch.equal(moved.index, stays.index)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("prioritised", [None, Priority(0.6)])
+@pytest.mark.parametrize("n_step", [1, 3])
+def test_samples_on_cuda_are_those_of_main_memory(n_step: int, prioritised: Priority | None) -> None:
+    world = World(3, VECTOR, DISCRETE, 0.2, 1)
+    here, there = (make(world, 30, n_step, prioritised, to=device) for device in (None, torch.device("cuda")))
+    for _ in range(5):
+        rollout = world.rollout(7)
+        for buffer in (here, there):
+            buffer.add(rollout)
+        for x, y in zip(stays := here.sample(8), moved := there.sample(8), strict=True):
+            assert torch.equal(x, y.cpu())
+        assert all(x.is_cuda for x in moved[:-1])
+        if prioritised is not None:
+            here.update_priorities(stays.index, stays.reward)
+            there.update_priorities(moved.index, moved.reward)

@@ -619,13 +619,13 @@ def test_the_gpu_bench_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_gpu_bench_works_without_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench_gpu.main(["--device", "cpu", "--envs", "64", "--iterations", "2", "--ways", "eager", "captured"]) == 0
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[-2:]]
-    assert [row[:2] for row in rows] == [["| 64", "eager"], ["| 64", "captured"]]
-    assert all(float(row[2].replace(",", "")) > 0 for row in rows)
+    assert [row[:3] for row in rows] == [["| ppo-cartpole", "64", "eager"], ["| ppo-cartpole", "64", "captured"]]
+    assert all(float(row[3].replace(",", "")) > 0 for row in rows)
 
 
 def test_the_gpu_bench_tells_what_takes_the_time() -> None:
     m = {"whole": 0.5, "rollout": 0.1, "update": 0.3, "first": 2.0, "steps": 64}
-    assert bench_gpu.line(1024, "both", m) == "| 1,024 | both | 128 | 100.00 | 300.00 | 100.00 | 2.0 |"
+    assert bench_gpu.line("x", 1024, "both", m) == "| x | 1,024 | both | 128 | 100.00 | 300.00 | 100.00 | 2.0 |"
 
 
 def test_growth_is_a_table_and_a_picture(tmp_path: Path) -> None:

@@ -238,8 +238,8 @@ def test_a_config_that_was_changed_by_hand_is_one_clear_screen(tmp_path: Path, c
 def test_envs_are_closed_where_the_agent_refuses_them(monkeypatch: pytest.MonkeyPatch) -> None:
     closed, make_vec = [], runs.make_vec
 
-    def made(*arguments: Any) -> Any:
-        env = make_vec(*arguments)
+    def made(*arguments: Any, **named: Any) -> Any:
+        env = make_vec(*arguments, **named)
         monkeypatch.setattr(env, "close", lambda: closed.append(env))
         return env
 
@@ -262,7 +262,7 @@ def test_first_weights_do_not_hang_on_what_ran_before() -> None:
 def test_an_evaluation_has_the_threads_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_dir, told = run(tmp_path, "run", *PPO, "total_timesteps=1000"), []
     learn = sum(p.numel() for p in build(load_run(run_dir)).agent.parameters())
-    monkeypatch.setattr(processor, "set_up", lambda *arguments: told.append(arguments[0]))
+    monkeypatch.setattr(processor, "set_up", lambda *arguments, **_: told.append(arguments[0]))
     evaluate_main([f"run={run_dir}", "episodes=1"])
     assert told == [learn]
 

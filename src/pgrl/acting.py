@@ -58,7 +58,7 @@ class Actor:
         self, net: Policy | DeterministicPolicy, obs_norm: RunningNorm | None, *, compiled: bool = False
     ) -> None:
         self._net, self._obs_norm = net, obs_norm
-        self._large = compile_step(self.large) if compiled else self.large
+        self.apply: Callable[[Tensor, Tensor], Tensor] = compile_step(self.large) if compiled else self.large
         self._rows, self._weight = 0, net.policy_head.weight
         body, discrete = net.body, isinstance(net.action_space, spaces.Discrete)
         known = discrete or net.distribution in ("gaussian", "squashed", "deterministic")
@@ -75,7 +75,7 @@ class Actor:
     def sample(self, obs: Tensor, noise: Tensor) -> Tensor:
         """Actions [B, ...] in the env's units, as `net.sample` gives them."""
         if len(obs) > self._rows or obs.dtype != torch.float32:
-            return self._large(obs, noise)
+            return self.apply(obs, noise)
         if self._place != self._weight.data_ptr():
             self._look_up()
 

@@ -13,6 +13,7 @@ from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Generator, Tensor, nn
 
+from pgrl.acting import Actor
 from pgrl.agents import Agent
 from pgrl.data import Transition
 from pgrl.errors import UserError
@@ -62,21 +63,24 @@ class Captured(Generic[T]):
 
     What it changes, the states of `parts` and perhaps its inputs, is as if that first call had been the only one: the
     calls that warm up are undone. It draws from generators of `parts` alone. What it returns lies where the first
-    call's result lay, so a call overwrites the result before it. The inputs of the first call are its room for inputs:
-    later ones that lie elsewhere are copied there. On a CPU, where there are no graphs, the function itself is called.
+    call's result lay, so a call overwrites the result before it. The inputs of the first call are its room for inputs,
+    or with `own_room` copies of them: later ones that lie elsewhere are copied there. On a CPU, where there are no
+    graphs, the function itself is called.
 
     UserError if CUDA refuses the capture.
     """
 
-    def __init__(self, function: Callable[..., T], parts: Sequence[Stateful], device: torch.device) -> None:
-        self._function, self._parts, self._device = function, parts, device
+    def __init__(
+        self, function: Callable[..., T], parts: Sequence[Stateful], device: torch.device, *, own_room: bool = False
+    ) -> None:
+        self._function, self._parts, self._device, self._own_room = function, parts, device, own_room
         self._inputs: tuple[Any, ...] = ()
         self._replay: Callable[[], object] | None = None
         self._result: T
 
     def __call__(self, *inputs: Any) -> T:
         if self._replay is None:
-            self._inputs = inputs
+            self._inputs = copied(inputs) if self._own_room else inputs
             self._warm_up()
             self._replay = record(self._call, [g for part in self._parts for g in generators(part)], self._device)
         for mine, given in zip(tensors(self._inputs), tensors(inputs), strict=True):
@@ -101,6 +105,13 @@ class Captured(Generic[T]):
                     x.copy_(before)
 
 
+def capture_acting(agent: Agent) -> None:
+    """Capture what the agent's network has to do with an action, where the rollout is not captured as a whole."""
+    for actor in vars(agent).values():
+        if isinstance(actor, Actor):
+            actor.apply = Captured(actor.apply, [], agent.device, own_room=True)
+
+
 class CapturedSteps:
     """A Stepper's `step` as graphs, one for each set of flags: of its arguments, what is no tensor nor tuple of them.
 
@@ -117,7 +128,6 @@ class CapturedSteps:
         inputs = tuple(x for x in arguments if isinstance(x, Tensor | tuple))
         if flags not in self._graphs:
             self._graphs[flags] = self._new(flags)
-            inputs = copied(inputs)  # room of their own, for samples lie in memory that is shared
         graph, names = self._graphs[flags]
         metrics, td_error = graph(*inputs)
         return dict(zip(names, metrics.clone().unbind(), strict=True)), td_error
@@ -131,7 +141,7 @@ class CapturedSteps:
             names[:] = metrics
             return torch.stack(list(metrics.values())), td_error
 
-        return Captured(step, self._parts, self._device), names
+        return Captured(step, self._parts, self._device, own_room=True), names
 
 
 TENSORS = object()  # stands among flags where an argument has tensors

@@ -102,15 +102,18 @@ def flatten_time(batch: BatchT) -> BatchT:
     return type(batch)(*(x.flatten(0, 1) for x in batch))
 
 
-def minibatches(batch: BatchT, num_minibatches: int, generator: Generator | None) -> BatchT:
-    """The named tuple of [N, ...] fields in equal parts [num_minibatches, n, ...], in a fresh random order.
+def random_order(n: int, generator: Generator) -> Tensor:
+    """The numbers from 0 to n - 1, shuffled: [n]."""
+    return torch.randperm(n, generator=generator, device=generator.device)
 
-    The whole batch is permuted once and the parts are slices of it. Without a generator the order is kept.
+
+def minibatches(batch: BatchT, num_minibatches: int, order: Tensor | None) -> BatchT:
+    """The named tuple of [N, ...] fields in equal parts [num_minibatches, n, ...], in this order [N]; None: as it is.
+
+    The whole batch is permuted once and the parts are slices of it.
     """
-    if generator is not None:
-        order = torch.randperm(len(batch[0]), generator=generator, device=generator.device)
-        # the same; on a GPU `index_select` takes narrow rows ten times as slowly
-        batch = type(batch)(*(x.index_select(0, order) if x.is_cpu else x[order] for x in batch))
+    if order is not None:
+        batch = type(batch)(*(x.index_select(0, order) for x in batch))
     return type(batch)(*(x.unflatten(0, (num_minibatches, -1)) for x in batch))
 
 

@@ -116,8 +116,7 @@ class Group(FlatParameters):
         lr = lr if self.factor == 1.0 else lr * self.factor
         if torch.compiler.is_compiling():  # the graph takes every parameter, and never learns that they share memory
             change = self.optimiser.change(gradient, lr, divisor)
-            for p, part in zip(self.parameters, self.split(change), strict=True):
-                p.sub_(part)
+            torch._foreach_sub_(self.parameters, self.split(change))  # type: ignore[arg-type]
         else:
             self.optimiser(self.vector, gradient, lr, divisor)
 

@@ -19,14 +19,16 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 MATMUL: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
 
 
-def set_up(parameters: int, device: torch.device, threads: int | None = None) -> None:
+def set_up(parameters: int, device: torch.device, threads: int | None = None, *, tf32: bool = False) -> None:
     """Prepare this process for an agent with so many parameters that learn.
 
     threads: None is one where the matrices are small, for more would only wait for each other, and all cores otherwise.
+    tf32: whether a GPU multiplies matrices of single precision in TF32.
     """
     large = parameters >= LARGE
     torch.set_num_threads(threads or (cores() if large else 1))
     MATMUL.fp32_precision = "bf16" if large and device.type == "cpu" and onednn_is_faster() else "none"
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
     if large:
         keep_freed_memory()
 

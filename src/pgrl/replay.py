@@ -41,6 +41,17 @@ class Batch(NamedTuple):
     index: Tensor  # type: ignore[assignment]  # [N] int64, for `update_priorities`, until the next `add`
 
 
+class Fields(NamedTuple):
+    """What rows hold, and the observations of the rows that follow them."""
+
+    obs: Tensor
+    action: Tensor
+    reward: Tensor
+    next_obs: Tensor
+    discount: Tensor
+    link: Tensor
+
+
 class Priority(NamedTuple):
     """Prioritised replay: a sample's probability is proportional to (|TD error| + eps)^alpha.
 
@@ -75,7 +86,8 @@ class ReplayBuffer:
     Both ask whether an episode ended, for which they wait for a GPU.
 
     capacity: transitions over all envs, rounded down to whole times of B. gamma, n_step: of the returns that samples
-    come with. generator: draws the samples, and nothing else may draw from it. Memory is taken at the first `add`.
+    come with. generator: draws the samples, and nothing else may draw from it. Memory is taken at the first `add`, on
+    `device`, where rollouts come from; samples go to the device `to` (None: they stay), by one copy if of one step.
     """
 
     def __init__(
@@ -90,10 +102,11 @@ class ReplayBuffer:
         gamma: float,
         n_step: int = 1,
         prioritised: Priority | None = None,
+        to: torch.device | None = None,
     ) -> None:
         self.layout = layout(capacity, num_envs, obs_space, action_space, n_step)
         self.gamma, self.n_step, self.prioritised = gamma, n_step, prioritised
-        self._device, self._generator = device, generator
+        self._device, self._generator, self._to = device, generator, to or device
         self._first, self._time = 0, 0  # the times first .. time - 1 are held, numbered from the run's start
         self._rows: Tensor | None = None  # uint8 [length, B, width]; in memory env by env
         self._ends = torch.empty(0)  # uint8 [a power of two, obs_bytes]; entry e is at e modulo its length
@@ -101,7 +114,7 @@ class ReplayBuffer:
         self._tree: SumTree | None = None
         self._snapshots: list[weakref.ref[Snapshot]] = []
         self._saved: dict[int, str] = {}
-        self._one = torch.ones((), device=device)
+        self._one = torch.ones((), device=self._to)
         self._powers = torch.tensor([gamma**k for k in range(n_step)], device=device)
 
     def __len__(self) -> int:
@@ -270,40 +283,60 @@ class ReplayBuffer:
         return self._batch(index, self._one.expand(batch_size))
 
     def _batch(self, index: Tensor, weight: Tensor) -> Batch:
-        shape, n = self.layout, self.layout.n_step
         ints = self._windows.index_select(0, index)  # [N, (n + 1) * words], which the batch's tensors are views of
+        if self.layout.n_step > 1:
+            batch = self._several_steps(ints, index, weight)
+            return batch if self._to == self._device else moved(batch, self._to)
+        fields = self._one_step(ints)
+        self._lead_elsewhere(fields.next_obs, fields.link)
+        if self._to != self._device:
+            fields = self._one_step(ints.to(self._to))  # in one piece
+        obs, action, reward, next_obs, discount, _ = fields
+        return Batch(obs, action, reward, next_obs, discount, weight.to(self._to), index)
+
+    def _one_step(self, ints: Tensor) -> Fields:
+        """What windows [N, (n + 1) * words] begin with."""
+        shape = self.layout
         floats = ints.view(torch.float32)
         source = ints.view(torch.uint8) if shape.obs_dtype == torch.uint8 else floats
-        count, width, at = weight.shape[0], shape.width // 4, shape.reward_at // 4
-        words = (n + 1) * width
+        count, width, at = ints.shape[0], shape.width // 4, shape.reward_at // 4
+        words = (shape.n_step + 1) * width
         length = words * 4 // shape.obs_dtype.itemsize  # of a row of `source`
-        obs = columns(source, count, length, 0, shape.obs_shape)
         if shape.action_dtype == torch.float32:
             action = columns(floats, count, words, shape.action_at // 4, shape.action_shape)
         else:
             action = columns(ints, count, words, shape.action_at // 4, shape.action_shape).long()
-        if n == 1:
-            reward = columns(floats, count, words, at, ())
-            discount = columns(floats, count, words, at + 1, ())
-            link = columns(ints, count, words, at + 2, ())
-            next_obs = columns(source, count, length, length // 2, shape.obs_shape)
-        else:
-            rewards, discounts, links = (x.view(-1, n + 1, width)[:, :n] for x in (floats, floats, ints))
-            rewards, discounts, links = rewards[..., at], discounts[..., at + 1], links[..., at + 2]
-            age = (index % shape.length - self._first % shape.size) % shape.size
-            left = (self._time - self._first - age).unsqueeze(1)
-            ended = (links >= 0).long()
-            taken = (ended.cumsum(1) == ended) & (torch.arange(n, device=index.device) < left)
-            steps = taken.sum(1, keepdim=True)
-            last = steps - 1
-            reward = (rewards * self._powers).masked_fill_(~taken, 0.0).sum(1)
-            discount = discounts.gather(1, last).squeeze(1) * self._powers[last.squeeze(1)]
-            link = links.gather(1, last).squeeze(1)
-            following = steps.squeeze(1) + torch.arange(0, count * (n + 1), n + 1, device=index.device)
-            next_rows = source.view(count * (n + 1), -1).index_select(0, following)
-            next_obs = columns(next_rows, count, length // (n + 1), 0, shape.obs_shape)
+        return Fields(
+            columns(source, count, length, 0, shape.obs_shape),
+            action,
+            columns(floats, count, words, at, ()),
+            columns(source, count, length, length // (shape.n_step + 1), shape.obs_shape),
+            columns(floats, count, words, at + 1, ()),
+            columns(ints, count, words, at + 2, ()),
+        )
+
+    def _several_steps(self, ints: Tensor, index: Tensor, weight: Tensor) -> Batch:
+        """The batch of n steps of windows [N, (n + 1) * words]."""
+        shape, n = self.layout, self.layout.n_step
+        first, floats = self._one_step(ints), ints.view(torch.float32)
+        source = ints.view(torch.uint8) if shape.obs_dtype == torch.uint8 else floats
+        count, width, at = ints.shape[0], shape.width // 4, shape.reward_at // 4
+        rewards, discounts, links = (x.view(-1, n + 1, width)[:, :n] for x in (floats, floats, ints))
+        rewards, discounts, links = rewards[..., at], discounts[..., at + 1], links[..., at + 2]
+        age = (index % shape.length - self._first % shape.size) % shape.size
+        left = (self._time - self._first - age).unsqueeze(1)
+        ended = (links >= 0).long()
+        taken = (ended.cumsum(1) == ended) & (torch.arange(n, device=index.device) < left)
+        steps = taken.sum(1, keepdim=True)
+        last = steps - 1
+        reward = (rewards * self._powers).masked_fill_(~taken, 0.0).sum(1)
+        discount = discounts.gather(1, last).squeeze(1) * self._powers[last.squeeze(1)]
+        link = links.gather(1, last).squeeze(1)
+        following = steps.squeeze(1) + torch.arange(0, count * (n + 1), n + 1, device=index.device)
+        next_rows = source.view(count * (n + 1), -1).index_select(0, following)
+        next_obs = columns(next_rows, count, next_rows.shape[1], 0, shape.obs_shape)
         self._lead_elsewhere(next_obs, link)
-        return Batch(obs, action, reward, next_obs, discount, weight, index)
+        return Batch(first.obs, first.action, reward, next_obs, discount, weight, index)
 
     def update_priorities(self, index: Tensor, td_error: Tensor) -> None:
         """Give the transitions of the last sample, `index` [N], the priorities of their TD errors [N].
@@ -313,7 +346,7 @@ class ReplayBuffer:
         if self._tree is None or self.prioritised is None:
             raise ValueError("a uniform buffer has no priorities")
         alpha, eps = self.prioritised
-        error = td_error.detach().double().abs().nan_to_num_(nan=0.0, posinf=0.0)
+        error = td_error.detach().to(self._device).double().abs().nan_to_num_(nan=0.0, posinf=0.0)
         self._tree.set(index, (error + eps) ** alpha)
 
     # The state, and the snapshots that let a buffer go on after it was taken.
@@ -388,6 +421,11 @@ class ReplayBuffer:
             if start < end and snapshot.rows is not None:
                 slots = torch.arange(start, end, device=self._device) % self.layout.size
                 snapshot.kept.append((slots, snapshot.rows.index_select(0, slots)))
+
+
+def moved(batch: Batch, device: torch.device) -> Batch:
+    """The batch on another device; its index stays."""
+    return Batch(*(x.to(device) for x in batch))._replace(index=batch.index)
 
 
 def plain(x: Tensor) -> Any:

@@ -184,6 +184,7 @@ def make_agent(config: RunConfig, env: VecEnv) -> Agent:
         seed=config.seed,
         device=torch.device(config.device),
         compiled=config.compile is True,
+        env_device=env.device,
     )
     return AGENTS[type(config.algo)](config.algo, setting)
 
@@ -213,7 +214,7 @@ def build(config: RunConfig) -> Run:
 def set_up(config: RunConfig, agent: Agent) -> None:
     """Prepare this process for the agent: threads, and what else makes its arithmetic fast."""
     learnt = sum(p.numel() for p in agent.parameters() if p.requires_grad)
-    processor.set_up(learnt, agent.device, config.threads)
+    processor.set_up(learnt, agent.device, config.threads, tf32=config.tf32)
 
 
 def replay_bytes(config: RunConfig, env: VecEnv, transitions: int | None = None) -> int | None:
@@ -231,10 +232,9 @@ def refuse_too_large(config: RunConfig, env: VecEnv) -> None:
     needed = replay_bytes(config, env)
     if needed is None:
         return
-    device, where = torch.device(config.device), "of memory"
-    free = memory.available()
-    if device.type == "cuda":
-        free, where = torch.cuda.mem_get_info(device)[0], f"on {config.device}"
+    free, where = memory.available(), "of memory"
+    if env.device.type == "cuda":
+        free, where = torch.cuda.mem_get_info(env.device)[0], f"on {config.device}"
     if needed <= free:
         return
     size: int = vars(config.algo)["buffer_size"]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pgrl.agents import Agent
-from pgrl.capture import Captured, captured_update
+from pgrl.capture import Captured, capture_acting, captured_update
 from pgrl.config import RunConfig
 from pgrl.data import Rollout, Transition
 from pgrl.envs import VecEnv
@@ -28,13 +28,16 @@ from pgrl.upkeep import Upkeep
 
 @torch.no_grad()
 def collect(env: VecEnv, agent: Agent, rollout: Rollout, obs: Tensor, device: torch.device) -> Transition:
-    """Let the agent act for T steps in every env, from obs [B, *obs]: a rollout [T, B, ...] on `device`."""
+    """Let the agent, on `device`, act for T steps in every env, from obs [B, *obs]: a rollout [T, B, ...].
+
+    The rollout is where `agent.update` takes it.
+    """
     rollout.begin(obs)
     for t, step in enumerate(rollout.steps):
         action = agent.act(rollout.obs[t].to(device))
         rollout.put(t, action)
         env.step(action, out=step)
-    return Transition(*(x.to(device) for x in rollout.transition))
+    return Transition(*(x.to(agent.update_device or device) for x in rollout.transition))
 
 
 def train(config: RunConfig, run: Run, upkeep: Upkeep) -> None:
@@ -49,6 +52,8 @@ def train(config: RunConfig, run: Run, upkeep: Upkeep) -> None:
         return collect(env, agent, rollout, obs, device)
 
     gather = Captured(play, [agent, env], device) if config.capture in (True, "rollout") else play
+    if config.capture == "update":
+        capture_acting(agent)
     update = captured_update(agent) if config.capture in (True, "update") else agent.update
     obs = env.obs()
     try:

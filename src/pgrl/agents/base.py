@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from pgrl.data import Transition, restore_generator
 
+CPU = torch.device("cpu")
+
 
 @dataclass
 class Setting:
@@ -24,6 +26,7 @@ class Setting:
     seed: int
     device: torch.device
     compiled: bool = False
+    env_device: torch.device = CPU  # where the envs give their answers
 
 
 class Agent(ABC):
@@ -35,6 +38,7 @@ class Agent(ABC):
 
     name: ClassVar[str]
     num_steps: int  # T: steps of every env between two updates
+    update_device: torch.device | None = None  # where `update` takes rollouts; None: where the parameters are
 
     @abstractmethod
     def __init__(self, config: Any, setting: Setting) -> None: ...

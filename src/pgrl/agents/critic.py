@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pgrl import functional
 from pgrl.agents.base import Setting, generator
-from pgrl.data import minibatches, restore_generator
+from pgrl.data import minibatches, random_order, restore_generator
 from pgrl.networks import ActorCritic
 from pgrl.optim import Adam, GradientStep
 
@@ -68,7 +68,8 @@ class Critic:
         batch = Batch(*(x.flatten(0, 1) for x in (obs, value, returns)))
         steps = []
         for _ in range(config.update_epochs):
-            parts = minibatches(batch, config.num_minibatches, self.order if config.shuffle else None)
+            order = random_order(len(batch[0]), self.order) if config.shuffle else None
+            parts = minibatches(batch, config.num_minibatches, order)
             steps += [self.step(Batch(*part), lr, ()) for part in zip(*parts, strict=True)]
         self.updates += len(steps)
         means = (torch.stack(x).mean() for x in zip(*steps, strict=True))

@@ -66,7 +66,7 @@ class DDPG(Agent):
         self.critics = Critics(1 + config.twin, setting.obs_space, action_space, config.network).to(device)
         self.target_net, self.target_critics = copy.deepcopy(self.net), copy.deepcopy(self.critics)
         self.obs_norm = make_obs_norm(config, setting)
-        self.buffer = make_buffer(config, setting)
+        self.buffer, self.update_device = make_buffer(config, setting), setting.env_device
         self.noise = NoiseStream(self.draw_noise, NOISE_STEPS, generator(setting.seed, 0, device))
         self.random = generator(setting.seed, 1, device)  # the first actions
         self.draws = generator(setting.seed, 2, device)  # the noise inside updates
@@ -104,11 +104,12 @@ class DDPG(Agent):
     def update(self, rollout: Transition, progress: float) -> dict[str, Tensor]:
         self.buffer.add(rollout)
         if self.drift is not None:
-            self.drift *= (~(rollout.terminated[-1] | rollout.truncated[-1])).unsqueeze(-1)  # a new episode's is 0
+            goes_on = ~(rollout.terminated[-1] | rollout.truncated[-1])
+            self.drift *= goes_on.to(self.drift.device).unsqueeze(-1)  # a new episode's is 0
         due = updates_due(self.config, self.buffer, rollout.reward.numel())
         metrics = means([self.learn(progress) for _ in range(due)]) if due else {}
         if self.obs_norm is not None:
-            self.obs_norm.update(rollout.obs)
+            self.obs_norm.update(rollout.obs.to(self.device))
         return {**metrics, "charts/updates": self.updates.clone()}
 
     def learn(self, progress: float) -> dict[str, Tensor]:

@@ -42,17 +42,18 @@ class OffPolicyConfig:
 
 
 def make_buffer(config: OffPolicyConfig, setting: Setting) -> ReplayBuffer:
-    """The memory of an agent."""
+    """The memory of an agent, where its envs are: moving samples is cheaper than moving each step."""
     return ReplayBuffer(
         config.buffer_size,
         setting.num_envs,
         setting.obs_space,
         setting.action_space,
-        setting.device,
-        generator(setting.seed, 3, setting.device),
+        setting.env_device,
+        generator(setting.seed, 3, setting.env_device),
         gamma=config.gamma,
         n_step=config.n_step,
         prioritised=None if config.per_alpha is None else Priority(config.per_alpha),
+        to=setting.device,
     )
 
 

@@ -19,7 +19,7 @@ from pgrl.acting import Actor
 from pgrl.agents.base import Agent, Setting, generator
 from pgrl.agents.on_policy import AdvantageConfig, make_normalisers, prepare, targets
 from pgrl.compiling import compile_step
-from pgrl.data import NoiseStream, Transition, flatten_time, minibatches
+from pgrl.data import NoiseStream, Transition, flatten_time, minibatches, random_order
 from pgrl.networks import ActorCritic
 from pgrl.optim import Adam, GradientStep
 
@@ -115,6 +115,7 @@ class PPO(Agent):
         # statistics of returns are numbers in double precision, which dynamo would make constants of a graph
         whole = setting.compiled and self.value_norm is None
         self.batch = compile_step(self.make_batch) if whole else self.make_batch
+        self.parts = compile_step(self.make_parts) if setting.compiled else self.make_parts
         self.actor = Actor(self.net, self.obs_norm, compiled=setting.compiled)
 
     def act(self, obs: Tensor, explore: bool = True) -> Tensor:
@@ -133,9 +134,8 @@ class PPO(Agent):
         for epoch in range(config.update_epochs):
             if epoch and config.recompute_advantages:
                 batch = self._with_targets(batch, rollout)
-            parts = minibatches(flatten_time(batch), config.num_minibatches, self.order if config.shuffle else None)
-            if config.norm_adv == "minibatch":
-                parts = parts._replace(advantage=functional.normalise(parts.advantage, dim=1))
+            order = random_order(batch.value.numel(), self.order) if config.shuffle else None
+            parts = self.parts(batch, order)
             steps += [Metrics(*self.step(Batch(*part), lr, scalars)) for part in zip(*parts, strict=True)]
             if config.adaptive_lr_kl is not None:
                 lr = self._adapt_lr(lr, self._kl(steps))
@@ -199,6 +199,13 @@ class PPO(Agent):
         nothing = torch.empty(0)
         batch = Batch(rollout.obs, rollout.action, log_prob.view_as(rollout.reward), nothing, nothing, nothing)
         return tuple(self._with_targets(batch, rollout, first=True))
+
+    def make_parts(self, batch: Batch, order: Tensor | None) -> tuple[Tensor, ...]:
+        """The fields of a Batch in minibatches [num_minibatches, n, ...]."""
+        parts = minibatches(flatten_time(batch), self.config.num_minibatches, order)
+        if self.config.norm_adv == "minibatch":
+            parts = parts._replace(advantage=functional.normalise(parts.advantage, dim=1))
+        return tuple(parts)
 
     def _with_targets(self, batch: Batch, rollout: Transition, *, first: bool = False) -> Batch:
         """The batch with values, advantages and returns by the present value function."""

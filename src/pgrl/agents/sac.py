@@ -89,7 +89,7 @@ class SAC(Agent):
         self.temperature = Temperature(config.alpha_init if config.alpha is None else config.alpha).to(device)
         self.target_entropy = config.target_entropy if config.target_entropy is not None else usual(action_space)
         self.obs_norm = make_obs_norm(config, setting)
-        self.buffer = make_buffer(config, setting)
+        self.buffer, self.update_device = make_buffer(config, setting), setting.env_device
         self.noise = NoiseStream(self.net.noise, NOISE_STEPS, generator(setting.seed, 0, device))
         self.random = generator(setting.seed, 1, device)  # the first actions
         self.draws = generator(setting.seed, 2, device)  # the actions inside updates
@@ -126,7 +126,7 @@ class SAC(Agent):
         due = updates_due(self.config, self.buffer, rollout.reward.numel())
         metrics = means([self.learn(progress) for _ in range(due)]) if due else {}
         if self.obs_norm is not None:
-            self.obs_norm.update(rollout.obs)
+            self.obs_norm.update(rollout.obs.to(self.device))
         return {**metrics, "charts/updates": self.updates.clone()}
 
     def learn(self, progress: float) -> dict[str, Tensor]:

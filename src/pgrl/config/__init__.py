@@ -71,7 +71,8 @@ HELP = f"""\
   eval_every=       steps between evaluations           save_every=   steps between checkpoints
   eval_episodes=    episodes of each                    log_every=    steps between rows of metrics
   threads=          of torch; null chooses              compile=      auto, true, false
-  capture=          on a GPU, rollouts and updates as CUDA graphs: false, auto, true, rollout, update
+  capture=          on a GPU, CUDA graphs of: false, auto, true, rollout, update
+  tf32=true         on a GPU, matrices multiplied in TF32
   checkpoint.replay=  false: checkpoints without the replay buffer, after which resume= is not exact
   profile=true      where the time goes: a table at the end, profile.json and profile.png
   algo.KEY= env.KEY=                                    --cfg job prints every key and its value

@@ -68,6 +68,7 @@ NEEDS: dict[str, Needs] = {
     "algo.policy.state_dependent_std": Needs(
         lambda c: c.algo.policy.distribution != "beta", "algo.policy.distribution=gaussian"
     ),
+    "tf32": Needs(lambda c: c.device != "cpu", "device=cuda"),
     "checkpoint.replay": Needs(lambda c: hasattr(c.algo, "buffer_size"), "algo=sac"),
     "algo.per_beta": Needs(lambda c: c.algo.per_alpha is not None, "algo.per_alpha=0.6"),
     "algo.ou_theta": Needs(lambda c: c.algo.noise == "ou", "algo.noise=ou"),
