@@ -63,8 +63,8 @@ WORKLOADS = {
         num_steps=1,
         captures="update",
         envs=[1],
-        iterations=2000,
-        warm_ups=1500,
+        iterations=1000,
+        warm_ups=1300,
     ),
 }
 
