@@ -169,3 +169,35 @@ def test_images_and_modes_are_left_to_torch() -> None:
     with torch.no_grad():
         assert torch.equal(Actor(net, None).sample(obs, noise), net.sample(obs, noise))
         assert torch.equal(Actor(net, None).mode(obs), net.mode(obs))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("distribution", ["gaussian", "squashed", "beta"])
+@pytest.mark.parametrize("own_std", [False, True])
+def test_compiled_acting_samples_what_the_network_samples(distribution: str, own_std: bool) -> None:
+    net = ActorCritic(
+        spaces.Box(-np.inf, np.inf, (5,), np.float32),
+        ACTIONS["bounded"],
+        NetworkConfig(policy_gain=1.0),
+        PolicyConfig(distribution=distribution, state_dependent_std=own_std),
+    )
+    norm = RunningNorm((5,), 1.5)
+    actor = Actor(net, norm, compiled=True)
+    obs, noise = inputs(net, rows=64)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(actor.apply(obs, noise), expected(net, norm, obs, noise), rtol=1e-4, atol=1e-5)
+            norm.update(3.0 * torch.randn(100, 5) + 1.0)  # the graph reads what there is now
+            net.policy_head.bias.add_(0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("space", [spaces.Discrete(3), spaces.MultiDiscrete([3, 4]), spaces.MultiBinary(4)], ids=str)
+def test_compiled_acting_chooses_what_the_network_chooses(space: spaces.Space[Any]) -> None:
+    net = ActorCritic(
+        spaces.Box(-np.inf, np.inf, (5,), np.float32), space, NetworkConfig(policy_gain=1.0), PolicyConfig()
+    )
+    actor = Actor(net, None, compiled=True)
+    obs, noise = inputs(net, rows=64)
+    with torch.no_grad():
+        assert torch.equal(actor.apply(obs, noise), net.sample(obs, noise))

@@ -154,10 +154,11 @@ def test_capture_auto_takes_what_can_be_captured(words: str, captured: bool | st
     assert config.decide_capture(found) == (decided, "") and not list(checks.wrong_capture(found))
 
 
-def test_nothing_is_captured_unasked() -> None:
+def test_what_can_be_captured_is_captured_unasked() -> None:
     found = config.compose(ALL.split())
-    found.device = "cuda"
     assert config.decide_capture(found) == (False, "")
+    found.device = "cuda"
+    assert config.decide_capture(found)[0] is True
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.callback import callback_handler
 
 from pgrl.data import Rollout
 from pgrl.envs import EnvConfig, Episodes, TorchVecEnv, VecEnv, make_vec
@@ -278,6 +279,30 @@ def test_a_step_leaves_its_tensors_in_their_place() -> None:
     env.load_state_dict(env.state_dict())
     env.reset()
     assert places() == before and len(before) == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "kwargs"), OPTIONS)
+def test_a_compiled_step_is_the_step_and_is_compiled_once(name: str, kwargs: dict[str, Any]) -> None:
+    made: list[int] = []
+    ours = make_vec(config(name, 30, **kwargs), 16, 5, compiled=True)
+    twin = make_vec(config(name, 30, **kwargs), 16, 5)
+    rollout = Rollout(3, 16, ours.obs_space, ours.action_space, torch.device("cpu"))
+    assert torch.equal(ours.reset(), twin.reset())
+    note = lambda _: made.append(1)  # noqa: E731
+    callback_handler.register_end_callback(note)
+    try:
+        for k, action in enumerate(actions_for(twin, 90)):
+            twin.load_state_dict(ours.state_dict())  # rounding may end an episode a step later
+            for x, y in zip(ours.step(action, out=rollout.steps[k % 3]), twin.step(action), strict=True):
+                torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
+            assert ours.episodes()[1:] == twin.episodes()[1:]
+            for name_, tensor in ours.state_dict().items():
+                if isinstance(tensor, Tensor):
+                    torch.testing.assert_close(tensor, twin.state_dict()[name_], rtol=1e-9, atol=1e-9)
+    finally:
+        callback_handler.remove_end_callback(note)
+    assert made == [1]
 
 
 def test_a_state_of_another_kind_of_device_goes_on_with_first_states_of_its_own() -> None:

@@ -42,7 +42,7 @@ def decide_compile(config: RunConfig) -> tuple[bool, str]:
     if enough is None:
         return False, ""
     if config.device != "cpu":
-        return False, f"not compiled: what that gains on {config.device} was not measured"
+        return False, f"not compiled: how many gradient steps repay it on {config.device} was not measured"
     if steps < enough:
         return False, f"not compiled, for {steps:,} gradient steps would not repay it; {enough:,} would"
     if not has_compiler():

@@ -71,7 +71,7 @@ class RunConfig:
     threads: int | None = None  # torch's; null: 1 for small networks, all cores for large ones
     compile: bool | str = "auto"  # the gradient step (of SAC and DDPG, all on one batch) as one graph; auto: if it pays
     tf32: bool = False  # on CUDA, multiply float32 matrices in TF32: faster, with 10 bits of mantissa in the factors
-    capture: bool | str = False  # on CUDA, all of a rollout and of an update as one graph each; auto: what can be
+    capture: bool | str = "auto"  # on CUDA, all of a rollout and of an update as one graph each; auto: what can be
     run_dir: str | None = None  # null: runs/<algo>/<env>/<unique name>
     resume: str | None = None  # the folder of a stopped run
     eval_every: int | None = None  # evaluate without exploring, and keep the best checkpoint
