@@ -4,6 +4,7 @@
     python scripts/bench_gpu.py --envs 4096 --ways eager captured
     python scripts/bench_gpu.py ppo-halfcheetah sac-halfcheetah   with envs on the CPU, as LeanRL's figures
     python scripts/bench_gpu.py --device cpu --envs 64 --iterations 2    whether it works, without a GPU
+    python scripts/bench_gpu.py --report    only the picture of results/gpu.md, where rows were put by hand
 
 CartPole-v1 as tensors on the device (env.backend=torch), 4 epochs of 4 minibatches, through the loop of every run.
 HalfCheetah-v4 with the settings of LeanRL's ppo_continuous_action.py and sac_continuous_action.py, but for the policy,
@@ -21,6 +22,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,6 +30,7 @@ import torch
 
 import bench_peers
 
+ROOT = Path(__file__).parent.parent
 ENVS = [1024, 4096, 16384, 65536]
 WAYS = {"eager": (False, False), "compiled": (True, False), "captured": (False, True), "both": (True, True)}
 
@@ -118,6 +121,43 @@ def line(name: str, num_envs: int, way: str, m: dict[str, float]) -> str:
     return f"| {name} | {num_envs:,} | {way} | {m['steps'] / m['whole']:,.0f} | {times} | {m['first']:.1f} |"
 
 
+def rows(text: str) -> dict[str, dict[int, float]]:
+    """Env steps/s by way, then by envs: of the first rows of PPO on CartPole-v1, and of measure_purejaxrl.py."""
+    found: dict[str, dict[int, float]] = {}
+    for row in text.splitlines():
+        cells = [cell.strip().replace(",", "") for cell in row.strip("|").split("|")]
+        if cells[0] == "ppo-cartpole":
+            found.setdefault(cells[2], {}).setdefault(int(cells[1]), float(cells[3]))
+        elif cells[0].isdigit():
+            found.setdefault("as PureJaxRL, TF32", {}).setdefault(int(cells[0]), float(cells[1]))
+    return found
+
+
+def plot(found: dict[str, dict[int, float]], path: Path) -> None:
+    """Env steps a second against envs."""
+    from matplotlib.figure import Figure
+
+    from plot_curves import BLUE, GREY, save
+
+    figure = Figure(figsize=(6.5, 4.2), layout="constrained")
+    axes = figure.subplots()
+    shades = {"eager": "#c6dbef", "compiled": "#9ecae1", "captured": "#6baed6", "both": BLUE}
+    for name, sps in found.items():
+        axes.plot(list(sps), list(sps.values()), color=shades.get(name, GREY), marker="o", markersize=4)
+        at = min(sps), sps[min(sps)]
+        axes.annotate(name, at, (-7, 0), textcoords="offset points", fontsize=8, ha="right", va="center")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    envs = sorted({n for sps in found.values() for n in sps})
+    axes.set_xticks(envs, [f"{n:,}" for n in envs])
+    axes.set_xlim(envs[0] / 5, envs[-1] * 1.2)
+    axes.tick_params(labelsize=8, colors=GREY)
+    axes.set_xlabel("envs", fontsize=9)
+    axes.set_ylabel("env steps/s", fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    save(figure, path)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workloads", nargs="*", default="ppo-cartpole", help=f"of {', '.join(WORKLOADS)}")
@@ -126,8 +166,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tf32", action="store_true", help="multiply matrices in TF32")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="all if none is given")
     parser.add_argument("--iterations", type=int, default=20, help="that count, of CartPole-v1 (default 20)")
+    parser.add_argument("--report", action="store_true", help="only make the picture")
+    parser.add_argument("--pictures", type=Path, default=ROOT / "docs/pictures", help="where gpu.png goes")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, cpu (default cuda)")
     options = parser.parse_args(arguments)
+    if options.report:
+        plot(rows((ROOT / "results/gpu.md").read_text()), options.pictures / "gpu.png")
+        return 0
     if options.device != "cpu" and not torch.cuda.is_available():
         print(f"there is no {options.device} for torch {torch.__version__}; try --device cpu", file=sys.stderr)
         return 2

@@ -628,6 +628,15 @@ def test_the_gpu_bench_tells_what_takes_the_time() -> None:
     assert bench_gpu.line("x", 1024, "both", m) == "| x | 1,024 | both | 128 | 100.00 | 300.00 | 100.00 | 2.0 |"
 
 
+def test_the_gpu_bench_draws_what_it_measured(tmp_path: Path) -> None:
+    found = bench_gpu.rows((bench_gpu.ROOT / "results/gpu.md").read_text())
+    assert list(found) == [*bench_gpu.WAYS, "as PureJaxRL, TF32"]
+    assert all(list(sps) == bench_gpu.ENVS for sps in found.values()) and found["both"][4096] == 17_526_914
+    pytest.importorskip("matplotlib")
+    assert bench_gpu.main(["--report", "--pictures", str(tmp_path)]) == 0
+    assert (tmp_path / "gpu.png").stat().st_size > 5000
+
+
 def test_growth_is_a_table_and_a_picture(tmp_path: Path) -> None:
     point = {"collect": 20.0, "update": 5.0, "sps": 40_000.0, "memory_mb": 300.0, "random": 80_000.0}
     sweeps = {name: [point for _ in values] for name, (values, _) in bench_growth.SWEEPS.items()}
