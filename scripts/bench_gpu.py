@@ -7,13 +7,13 @@
     python scripts/bench_gpu.py --report    only the picture of results/gpu.md, where rows were put by hand
 
 CartPole-v1 as tensors on the device (env.backend=torch), 4 epochs of 4 minibatches, through the loop of every run.
-HalfCheetah-v4 with the settings of LeanRL's ppo_continuous_action.py and sac_continuous_action.py, but for the policy,
-which SAC here updates at every step, and there twice at every other one.
+HalfCheetah-v4 with the sizes of LeanRL's ppo_continuous_action.py and sac_continuous_action.py, but without normalising
+observations and rewards, as PPO does there, and with a step of SAC's policy at each step, not two at every other one.
 
 Medians over iterations. `rest` is what the loop does beside, such as the report of each episode that ended; `steps/s`
-counts it, over all envs. The longest iteration is apart: in it everything is compiled, warmed up and captured. On a
-CPU, where there are no graphs, the captured ways are the code around them. Leaves with exit code 2 where there is no
-such device.
+counts it, over all envs. The longest iteration is apart: it is one in which something is compiled, warmed up and
+captured. On a CPU, where there are no graphs, the captured ways are the code around them. Leaves with exit code 2 where
+there is no such device.
 """
 
 import argparse
@@ -41,7 +41,7 @@ class Workload:
 
     words: str
     num_steps: int  # of each env in an iteration
-    captures: bool | str  # what is captured where something is
+    captures: bool | str  # what is captured in the captured ways
     envs: Sequence[int] = ()  # numbers of envs; none given: those of --envs
     iterations: int | None = None  # None: those of --iterations
     warm_ups: int = 3  # iterations before those that count
@@ -111,14 +111,14 @@ def measure(
     whole = [after - before for before, after in zip(clock.ends, clock.ends[1:], strict=False)]
     found = {"whole": whole, "rollout": clock.rollouts, "update": clock.updates}
     medians = {name: statistics.median(times[workload.warm_ups :]) for name, times in found.items()}
-    return {**medians, "first": max(whole), "steps": steps}
+    return {**medians, "longest": max(whole), "steps": steps}
 
 
 def line(name: str, num_envs: int, way: str, m: dict[str, float]) -> str:
     """A row of the table."""
     rest = m["whole"] - m["rollout"] - m["update"]
     times = " | ".join(f"{1e3 * x:,.2f}" for x in (m["rollout"], m["update"], rest))
-    return f"| {name} | {num_envs:,} | {way} | {m['steps'] / m['whole']:,.0f} | {times} | {m['first']:.1f} |"
+    return f"| {name} | {num_envs:,} | {way} | {m['steps'] / m['whole']:,.0f} | {times} | {m['longest']:.1f} |"
 
 
 def rows(text: str) -> dict[str, dict[int, float]]:
@@ -160,7 +160,8 @@ def plot(found: dict[str, dict[int, float]], path: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("workloads", nargs="*", default="ppo-cartpole", help=f"of {', '.join(WORKLOADS)}")
+    known = f"of {', '.join(WORKLOADS)} (default: the first)"
+    parser.add_argument("workloads", nargs="*", help=known)
     parser.add_argument("--envs", nargs="+", type=int, default=ENVS, help="of CartPole-v1 (default: 1k to 64k)")
     parser.add_argument("--num-steps", type=int, default=32, help="of a rollout of CartPole-v1 (default 32)")
     parser.add_argument("--tf32", action="store_true", help="multiply matrices in TF32")
@@ -176,19 +177,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.device != "cpu" and not torch.cuda.is_available():
         print(f"there is no {options.device} for torch {torch.__version__}; try --device cpu", file=sys.stderr)
         return 2
-    name = bench_peers.processor() if options.device == "cpu" else torch.cuda.get_device_name(options.device)
+    for name in options.workloads:
+        if name not in WORKLOADS:
+            parser.error(f"{name}: there is no such workload; {known}")
+    machine = bench_peers.processor() if options.device == "cpu" else torch.cuda.get_device_name(options.device)
     products = "TF32" if options.tf32 else "float32"
-    print(f"{name}, torch {torch.__version__}, products in {products}, medians of iterations\n")
+    print(f"{machine}, torch {torch.__version__}, products in {products}, medians of iterations\n")
     print("| workload | envs | way | steps/s | rollout, ms | update, ms | rest, ms | longest iteration, s |")
     print("|---|--:|---|--:|--:|--:|--:|--:|", flush=True)
-    names = [options.workloads] if isinstance(options.workloads, str) else options.workloads
-    for name in names:
+    for name in options.workloads or ["ppo-cartpole"]:
         workload = WORKLOADS[name]
         if not workload.envs:
             workload = replace(workload, num_steps=options.num_steps)
-        ways = [way for way in options.ways if workload.captures or not WAYS[way][1]]
         for num_envs in workload.envs or options.envs:
-            for way in ways:
+            for way in options.ways:
                 iterations = workload.iterations or options.iterations
                 found = measure(workload, way, num_envs, iterations, options.device, tf32=options.tf32)
                 print(line(name, num_envs, way, found), flush=True)

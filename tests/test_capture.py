@@ -30,12 +30,14 @@ from pgrl import capture, checkpoint
 from pgrl.agents import AGENTS, A2CConfig, Agent, PPOConfig, Setting
 from pgrl.agents import on_policy as on_policy_module
 from pgrl.agents.on_policy import all_values, values
+from pgrl.agents.sac import Temperature
 from pgrl.capture import Captured, Learner, Stepper, captured_update, generators, tensors
-from pgrl.config import capturing, compose
+from pgrl.config import capturing, compose, load_run
 from pgrl.data import Rollout, Transition
 from pgrl.envs import EnvConfig, make_vec
 from pgrl.errors import NonFiniteError, UserError
-from pgrl.networks import ActorCritic
+from pgrl.networks import ActorCritic, Policy
+from pgrl.q_networks import Critics, DeterministicPolicy
 from pgrl.runs import build
 from pgrl.train import check_finite, collect
 
@@ -533,11 +535,17 @@ def test_the_guard_sees_the_host(call: Callable[[Tensor], Any], words: str) -> N
 @pytest.fixture
 def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the meta device lacks: generators, networks that can be moved there, and Adam's kernel."""
-    units, begin = pgrl.networks.units, ActorCritic.__init__
+    units = pgrl.networks.units
 
-    def begin_there(*rest: Any) -> None:
-        with META:
-            begin(*rest)
+    def there(begin: Callable[..., None]) -> Callable[..., None]:
+        def begin_there(*rest: Any) -> None:
+            with META:
+                begin(*rest)
+
+        return begin_there
+
+    def generator(device: torch.device | str = CPU) -> Generator:
+        return HostGenerator() if torch.device(device) == META else Generator(device)
 
     def units_on_host(*rest: Any, **named: Any) -> dict[str, Tensor]:
         with CPU:
@@ -546,9 +554,11 @@ def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
     def fused_adam(*lists: list[Tensor], lr: Tensor, grad_scale: Tensor, **_: Any) -> None:
         assert {x.device for x in (*tensors(lists), lr, *([] if grad_scale is None else [grad_scale]))} == {META}
 
-    monkeypatch.setattr(torch, "Generator", HostGenerator)
-    monkeypatch.setattr(ActorCritic, "__init__", begin_there)
-    monkeypatch.setattr("pgrl.networks.units", units_on_host)  # is asked for numbers
+    monkeypatch.setattr(torch, "Generator", generator)
+    for cls in (ActorCritic, Policy, DeterministicPolicy, Critics, Temperature):
+        monkeypatch.setattr(cls, "__init__", there(cls.__init__))
+    for module in ("networks", "q_networks"):
+        monkeypatch.setattr(f"pgrl.{module}.units", units_on_host)  # is asked for numbers
     monkeypatch.setattr(torch, "_fused_adam_", fused_adam)
 
 
@@ -611,16 +621,41 @@ def test_finite_tensors_are_checked_by_one_value_of_a_device(monkeypatch: pytest
     assert asked == [META]
 
 
+@pytest.mark.parametrize("words", STEPS.values(), ids=STEPS)
+def test_replay_in_main_memory_and_an_agent_elsewhere_do_not_mix(words: list[str], on_meta: None) -> None:
+    """On the meta device operations ask, as on a GPU, that all they take lies there."""
+    config = compose([*SHORT, *words, "env.backend=gymnasium", "algo.per_alpha=null"])
+    env = make_vec(config.env, config.num_envs, 1)
+    agent: Any = AGENTS[type(config.algo)](config.algo, Setting(env.obs_space, env.action_space, 4, 1, META))
+    assert agent.update_device == CPU and agent.device == META
+    rollout = Rollout(1, 4, env.obs_space, env.action_space, CPU)
+    obs = env.reset()
+    for _ in range(20):
+        with torch.no_grad():
+            rollout.begin(obs)
+            assert agent.act(obs.to(META)).device == META
+            env.step(torch.zeros_like(rollout.transition.action[0]), out=rollout.steps[0])
+            obs = rollout.obs[-1].clone()
+        metrics = agent.update(rollout.transition, 0.0)
+    assert {x.device for name, x in metrics.items() if name.startswith("losses/")} == {META}
+
+
+def test_a_captured_function_refuses_other_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    captured = Captured(lambda x: x + 1, [], CPU, own_room=True)
+    captured(torch.zeros(3))
+    with pytest.raises(ValueError, match=r"captured for an input of shape \(3,\), not \(1,\)"):
+        captured(torch.zeros(1))
+
+
 # ---------------------------------------------------------------------------------------------------------- on a GPU
 
 
 def play_at_random(run: Any, steps: int) -> list[Transition]:
-    """Rollouts of one step."""
-    device = run.agent.device
-    rollout, obs, found = Rollout(1, run.env.num_envs, run.env.obs_space, run.env.action_space, device), None, []
-    obs = run.env.reset()
+    """Rollouts of one step, by an agent that has learnt nothing yet."""
+    env, device, found = run.env, run.agent.device, []
+    rollout, obs = Rollout(1, env.num_envs, env.obs_space, env.action_space, env.device), env.reset()
     for _ in range(steps):
-        transition = collect(run.env, run.agent, rollout, obs, device)
+        transition = collect(env, run.agent, rollout, obs, device)
         obs = rollout.obs[-1].clone()
         found.append(Transition(*(x.clone() for x in transition)))
     return found
@@ -637,6 +672,11 @@ def nobody_waits() -> Iterator[None]:
 
 CUDA_RUNS = {name: [*words, "device=cuda"] for name, words in RUNS.items()}
 CUDA_STEPS = {name: [*words, "device=cuda"] for name, words in STEPS.items()}
+ON_CPU = {  # with envs, and replay, in main memory
+    f"{name}, envs on the cpu": [*words, "env.backend=gymnasium"]
+    for name, words in (CUDA_RUNS | CUDA_STEPS).items()
+    if name in ("ppo", "a2c with everything", *STEPS)
+}
 
 
 @pytest.mark.gpu
@@ -676,13 +716,13 @@ def test_on_cuda_graphs_give_what_single_operations_give_and_nobody_waits(words:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", [*CUDA_RUNS, *CUDA_STEPS])
+@pytest.mark.parametrize("name", [*CUDA_RUNS, *CUDA_STEPS, *ON_CPU])
 def test_on_cuda_a_captured_run_repeats_itself_and_resumes_bit_for_bit(name: str, tmp_path: Path) -> None:
-    words = CUDA_RUNS.get(name) or [*CUDA_STEPS[name], "save_every=32"]
+    words = CUDA_RUNS.get(name) or [*(CUDA_STEPS | ON_CPU)[name], "save_every=32"]
     folders = [tmp_path / folder for folder in ("whole", "again", "stopped")]
     for folder in folders:
         pgrl.run([*SHORT, "save_every=1", *words, "capture=auto", f"run_dir={folder}"])
-        assert " captured" in (folder / "train.log").read_text()
+        assert load_run(folder).capture == ("update" if name in STEPS or "cpu" in name else True)
     forget_the_last_checkpoint(folders[-1])
     pgrl.run([f"resume={folders[-1]}"])
     for folder in folders[1:]:
@@ -690,7 +730,7 @@ def test_on_cuda_a_captured_run_repeats_itself_and_resumes_bit_for_bit(name: str
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("words", CUDA_STEPS.values(), ids=CUDA_STEPS)
+@pytest.mark.parametrize("words", [*CUDA_STEPS.values(), *[ON_CPU[f"{name}, envs on the cpu"] for name in STEPS]])
 def test_on_cuda_captured_steps_give_what_single_operations_give(words: list[str]) -> None:
     config = compose([*SHORT, *words, "capture=false"])
     ours, twin = build(config), build(config)

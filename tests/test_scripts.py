@@ -624,14 +624,21 @@ def test_the_gpu_bench_works_without_one(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_the_gpu_bench_tells_what_takes_the_time() -> None:
-    m = {"whole": 0.5, "rollout": 0.1, "update": 0.3, "first": 2.0, "steps": 64}
+    m = {"whole": 0.5, "rollout": 0.1, "update": 0.3, "longest": 2.0, "steps": 64}
     assert bench_gpu.line("x", 1024, "both", m) == "| x | 1,024 | both | 128 | 100.00 | 300.00 | 100.00 | 2.0 |"
 
 
 def test_the_gpu_bench_draws_what_it_measured(tmp_path: Path) -> None:
     found = bench_gpu.rows((bench_gpu.ROOT / "results/gpu.md").read_text())
     assert list(found) == [*bench_gpu.WAYS, "as PureJaxRL, TF32"]
-    assert all(list(sps) == bench_gpu.ENVS for sps in found.values()) and found["both"][4096] == 17_526_914
+    assert all(list(sps) == bench_gpu.ENVS for sps in found.values())
+    row = bench_gpu.line(
+        "ppo-cartpole", 1024, "both", {"whole": 0.5, "rollout": 0.1, "update": 0.3, "steps": 64, "longest": 2.0}
+    )
+    assert bench_gpu.rows(f"{row}\n| 2,048 | 9,000 | 1.0 | 2.0 | 3 |") == {
+        "both": {1024: 128.0},
+        "as PureJaxRL, TF32": {2048: 9000.0},
+    }
     pytest.importorskip("matplotlib")
     assert bench_gpu.main(["--report", "--pictures", str(tmp_path)]) == 0
     assert (tmp_path / "gpu.png").stat().st_size > 5000

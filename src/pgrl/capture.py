@@ -67,7 +67,7 @@ class Captured(Generic[T]):
     or with `own_room` copies of them: later ones that lie elsewhere are copied there. On a CPU, where there are no
     graphs, the function itself is called.
 
-    UserError if CUDA refuses the capture.
+    UserError if CUDA refuses the capture, ValueError for inputs of other shapes than the first.
     """
 
     def __init__(
@@ -85,6 +85,8 @@ class Captured(Generic[T]):
             self._replay = record(self._call, [g for part in self._parts for g in generators(part)], self._device)
         for mine, given in zip(tensors(self._inputs), tensors(inputs), strict=True):
             if mine.data_ptr() != given.data_ptr():
+                if mine.shape != given.shape:
+                    raise ValueError(f"captured for an input of shape {tuple(mine.shape)}, not {tuple(given.shape)}")
                 mine.copy_(given)
         self._replay()
         return self._result
@@ -106,7 +108,10 @@ class Captured(Generic[T]):
 
 
 def capture_acting(agent: Agent) -> None:
-    """Capture what the agent's network has to do with an action, where the rollout is not captured as a whole."""
+    """Capture what the agent's network has to do with an action, where the rollout is not captured as a whole.
+
+    From then on it explores in so many envs alone, and an action is overwritten by the next.
+    """
     for actor in vars(agent).values():
         if isinstance(actor, Actor):
             actor.apply = Captured(actor.apply, [], agent.device, own_room=True)

@@ -113,12 +113,12 @@ def without_guards(guards: Sequence[Any]) -> list[bool]:
 
 
 def signature(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What a graph of these arguments is good for: the shapes and strides of tensors, and plain values.
+    """What a graph of these arguments is good for: the shapes, strides and types of tensors, and plain values.
 
     Of a tuple the first tensor's are enough: those of the others follow from them.
     """
     firsts = (x[0] if isinstance(x, tuple) and x else x for x in arguments)
-    return tuple([(x.shape, x.stride()) if isinstance(x, Tensor) else x for x in firsts])
+    return tuple([(x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else x for x in firsts])
 
 
 def keep_graphs() -> None:

@@ -77,12 +77,13 @@ class Rollout:
         """Start a new rollout at obs [B, *obs]."""
         self.obs[0].copy_(obs)
 
-    def put(self, t: int, action: Tensor) -> None:
-        """Keep the actions [B, ...] of step t."""
+    def put(self, t: int, action: Tensor) -> Tensor:
+        """Keep the actions [B, ...] of step t: these, where the envs are."""
         if self._action_arrays and action.is_cpu:
             self._action_arrays[t][:] = action.numpy()  # half the price of torch's copy
-        else:
-            self._actions[t].copy_(action)
+            return action
+        self._actions[t].copy_(action)
+        return self._actions[t]
 
 
 def action_rows(space: spaces.Space[Any]) -> tuple[tuple[int, ...], torch.dtype]:

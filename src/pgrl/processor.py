@@ -1,6 +1,6 @@
-"""How this process uses its processor: threads, the library that multiplies matrices, and memory that was freed.
+"""How this process multiplies and allocates: threads, the library for matrices, TF32 on a GPU, memory that was freed.
 
-All three matter where networks are so large that arithmetic, not the calls of operations, takes the time.
+All four matter where networks are so large that arithmetic, not the calls of operations, takes the time.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class Batch(NamedTuple):
     next_obs: Tensor  # [N, *obs] what the last of these steps led to, before any reset
     discount: Tensor  # [N] gamma^(steps taken), 0 where the last of them terminated
     weight: Tensor  # [N] importance weights of prioritised replay, otherwise ones, not to be written to
-    index: Tensor  # type: ignore[assignment]  # [N] int64, for `update_priorities`, until the next `add`
+    index: Tensor  # type: ignore[assignment]  # [N] int64, for `update_priorities`, until the next `add`; where the buffer is
 
 
 class Fields(NamedTuple):
@@ -83,11 +83,11 @@ def nbytes(
 class ReplayBuffer:
     """The last `capacity` transitions of B envs; `add` and `sample` cost the same however many are held.
 
-    Both ask whether an episode ended, for which they wait for a GPU.
+    Both ask whether an episode ended, for which they wait where the buffer is on a GPU.
 
     capacity: transitions over all envs, rounded down to whole times of B. gamma, n_step: of the returns that samples
     come with. generator: draws the samples, and nothing else may draw from it. Memory is taken at the first `add`, on
-    `device`, where rollouts come from; samples go to the device `to` (None: they stay), by one copy if of one step.
+    `device`, where rollouts come from; samples go to the device `to` (None: they stay), rows of one step by one copy.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class ReplayBuffer:
     ) -> None:
         self.layout = layout(capacity, num_envs, obs_space, action_space, n_step)
         self.gamma, self.n_step, self.prioritised = gamma, n_step, prioritised
-        self._device, self._generator, self._to = device, generator, to or device
+        self.device, self._generator, self._to = device, generator, to or device
         self._first, self._time = 0, 0  # the times first .. time - 1 are held, numbered from the run's start
         self._rows: Tensor | None = None  # uint8 [length, B, width]; in memory env by env
         self._ends = torch.empty(0)  # uint8 [a power of two, obs_bytes]; entry e is at e modulo its length
@@ -168,12 +168,12 @@ class ReplayBuffer:
         self._repeat(slot, slot + steps)
         self._repeat(head, head + 1)
         if self._tree is not None:
-            times = torch.arange(slot, slot + steps, device=self._device)
-            self._tree.replace(self._index(times), self._index(torch.tensor([head], device=self._device)))
+            times = torch.arange(slot, slot + steps, device=self.device)
+            self._tree.replace(self._index(times), self._index(torch.tensor([head], device=self.device)))
         self._first, self._time = first, stop
 
     def _allocate(self) -> Tensor:
-        shape, device = self.layout, self._device
+        shape, device = self.layout, self.device
         memory = torch.zeros((shape.num_envs * shape.length, shape.width), dtype=torch.uint8, device=device)
         self._ends = torch.zeros((FEWEST_ENDS, shape.obs_bytes), dtype=torch.uint8, device=device)
         self._tree = None if self.prioritised is None else SumTree(len(memory), device)
@@ -198,7 +198,7 @@ class ReplayBuffer:
 
     def _index(self, slots: Tensor) -> Tensor:
         """The numbers of the rows of all envs at slots [n]: [B * n]."""
-        envs = torch.arange(self.layout.num_envs, device=self._device) * self.layout.length
+        envs = torch.arange(self.layout.num_envs, device=self.device) * self.layout.length
         return (envs.unsqueeze(1) + slots).flatten()
 
     def _linked(self, ended: Tensor, terminated: Tensor) -> Tensor:
@@ -214,7 +214,7 @@ class ReplayBuffer:
             self._first_end = self._next_end if oldest is None else self._entry_before(oldest)
         if need - self._first_end > len(self._ends):
             self._grow(need - self._first_end)
-        entries = torch.arange(self._next_end, need, device=self._device) % len(self._ends)
+        entries = torch.arange(self._next_end, need, device=self.device) % len(self._ends)
         for snapshot in self._live():
             if snapshot.ends is self._ends and self._next_end - len(self._ends) < snapshot.next_end:
                 snapshot.kept_ends.append((entries, self._ends[entries]))
@@ -230,8 +230,8 @@ class ReplayBuffer:
     def _grow(self, need: int) -> None:
         """Make room for `need` ends, in new memory: a snapshot may hold the old."""
         length = 1 << (2 * need - 1).bit_length()
-        ends = torch.zeros((length, self.layout.obs_bytes), dtype=torch.uint8, device=self._device)
-        entries = torch.arange(self._first_end, self._next_end, device=self._device)
+        ends = torch.zeros((length, self.layout.obs_bytes), dtype=torch.uint8, device=self.device)
+        entries = torch.arange(self._first_end, self._next_end, device=self.device)
         ends[entries % length] = self._ends[entries % len(self._ends)]
         self._ends = ends
 
@@ -265,7 +265,7 @@ class ReplayBuffer:
         By priority: one sample from each of N equal parts of the sum of all p_i (stratified), and the weights
         (len * p_i / sum)^-beta over their maximum; Schaul et al. 2016 (arXiv 1511.05952), sections 3.4 and B.2.1.
         """
-        shape, device, generator = self.layout, self._device, self._generator
+        shape, device, generator = self.layout, self.device, self._generator
         held, start = self._time - self._first, self._first % shape.size
         if not held:
             raise ValueError("an empty buffer has nothing to sample")
@@ -286,11 +286,11 @@ class ReplayBuffer:
         ints = self._windows.index_select(0, index)  # [N, (n + 1) * words], which the batch's tensors are views of
         if self.layout.n_step > 1:
             batch = self._several_steps(ints, index, weight)
-            return batch if self._to == self._device else moved(batch, self._to)
+            return batch if self._to == self.device else moved(batch, self._to)
         fields = self._one_step(ints)
-        self._lead_elsewhere(fields.next_obs, fields.link)
-        if self._to != self._device:
-            fields = self._one_step(ints.to(self._to))  # in one piece
+        self._lead_elsewhere(fields.next_obs, fields.link)  # written to the ints
+        if self._to != self.device:
+            fields = self._one_step(ints.to(self._to))
         obs, action, reward, next_obs, discount, _ = fields
         return Batch(obs, action, reward, next_obs, discount, weight.to(self._to), index)
 
@@ -339,14 +339,14 @@ class ReplayBuffer:
         return Batch(first.obs, first.action, reward, next_obs, discount, weight, index)
 
     def update_priorities(self, index: Tensor, td_error: Tensor) -> None:
-        """Give the transitions of the last sample, `index` [N], the priorities of their TD errors [N].
+        """Give the transitions of the last sample, `index` [N], the priorities of their TD errors [N], on any device.
 
         Errors that are not finite count as 0: the loss that had them is not finite either, and stops the run.
         """
         if self._tree is None or self.prioritised is None:
             raise ValueError("a uniform buffer has no priorities")
         alpha, eps = self.prioritised
-        error = td_error.detach().to(self._device).double().abs().nan_to_num_(nan=0.0, posinf=0.0)
+        error = td_error.detach().to(self.device).double().abs().nan_to_num_(nan=0.0, posinf=0.0)
         self._tree.set(index, (error + eps) ** alpha)
 
     # The state, and the snapshots that let a buffer go on after it was taken.
@@ -389,15 +389,15 @@ class ReplayBuffer:
         memory = self._allocate()
         self._next_end = told["next_end"]
         for first, block, ends in held(rows):
-            slots = torch.arange(first, first + len(block)).to(self._device) % shape.size
-            memory[slots] = block.to(self._device)
+            slots = torch.arange(first, first + len(block)).to(self.device) % shape.size
+            memory[slots] = block.to(self.device)
             link = field(block, shape.width - 4, (), torch.int32)
             if first == told["first"]:
                 self._first_end = self._entry_before(first)
                 if self._next_end - self._first_end > len(self._ends):
                     self._grow(self._next_end - self._first_end)
-            self._ends[(link[link >= 0] >> 1).to(self._device) % len(self._ends)] = ends.to(self._device)
-        self._obs[self._time % shape.size] = state["head"].to(self._device)
+            self._ends[(link[link >= 0] >> 1).to(self.device) % len(self._ends)] = ends.to(self.device)
+        self._obs[self._time % shape.size] = state["head"].to(self.device)
         self._repeat(0, shape.size)
         if self._tree is not None:
             self._tree.load_state_dict(state["priorities"])
@@ -419,7 +419,7 @@ class ReplayBuffer:
         for snapshot in self._live():
             start, end = max(first, snapshot.first), min(stop, snapshot.time)
             if start < end and snapshot.rows is not None:
-                slots = torch.arange(start, end, device=self._device) % self.layout.size
+                slots = torch.arange(start, end, device=self.device) % self.layout.size
                 snapshot.kept.append((slots, snapshot.rows.index_select(0, slots)))
 
 

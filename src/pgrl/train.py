@@ -33,10 +33,10 @@ def collect(env: VecEnv, agent: Agent, rollout: Rollout, obs: Tensor, device: to
     The rollout is where `agent.update` takes it.
     """
     rollout.begin(obs)
+    here = env.device == device
     for t, step in enumerate(rollout.steps):
-        action = agent.act(rollout.obs[t].to(device))
-        rollout.put(t, action)
-        env.step(action, out=step)
+        action = agent.act(rollout.obs[t] if here else rollout.obs[t].to(device))
+        env.step(rollout.put(t, action), out=step)
     return Transition(*(x.to(agent.update_device or device) for x in rollout.transition))
 
 

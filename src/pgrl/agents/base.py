@@ -38,7 +38,6 @@ class Agent(ABC):
 
     name: ClassVar[str]
     num_steps: int  # T: steps of every env between two updates
-    update_device: torch.device | None = None  # where `update` takes rollouts; None: where the parameters are
 
     @abstractmethod
     def __init__(self, config: Any, setting: Setting) -> None: ...
@@ -65,6 +64,12 @@ class Agent(ABC):
     def device(self) -> torch.device:
         """Where the agent's parameters live, and where `act` takes observations."""
         return next(self.parameters()).device
+
+    @property
+    def update_device(self) -> torch.device | None:
+        """Where `update` takes rollouts: where the replay buffer is, or None, where the parameters are."""
+        buffer = vars(self).get("buffer")
+        return None if buffer is None else buffer.device
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that changes, by attribute name; the tensors are the live ones."""

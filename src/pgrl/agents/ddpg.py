@@ -66,7 +66,7 @@ class DDPG(Agent):
         self.critics = Critics(1 + config.twin, setting.obs_space, action_space, config.network).to(device)
         self.target_net, self.target_critics = copy.deepcopy(self.net), copy.deepcopy(self.critics)
         self.obs_norm = make_obs_norm(config, setting)
-        self.buffer, self.update_device = make_buffer(config, setting), setting.env_device
+        self.buffer = make_buffer(config, setting)
         self.noise = NoiseStream(self.draw_noise, NOISE_STEPS, generator(setting.seed, 0, device))
         self.random = generator(setting.seed, 1, device)  # the first actions
         self.draws = generator(setting.seed, 2, device)  # the noise inside updates

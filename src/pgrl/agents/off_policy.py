@@ -147,7 +147,7 @@ class Target(FlatParameters):
     @torch.no_grad()
     def follow(self, tau: float) -> None:
         """theta' <- (1 - tau) theta' + tau theta; RuntimeError where one of the networks was moved, but if compiled."""
-        if torch.compiler.is_compiling():  # parameter by parameter, as in `Group.step`
+        if torch.compiler.is_compiling():  # as in `Group.step`
             for p, learnt in zip(self.parameters, self.learnt.parameters, strict=True):
                 p.lerp_(learnt, tau)
             return

@@ -114,8 +114,8 @@ class PPO(Agent):
         )
         # statistics of returns are numbers in double precision, which dynamo would make constants of a graph
         whole = setting.compiled and self.value_norm is None
-        self.batch = compile_step(self.make_batch) if whole else self.make_batch
-        self.parts = compile_step(self.make_parts) if setting.compiled else self.make_parts
+        self.to_batch = compile_step(self.make_batch) if whole else self.make_batch
+        self.to_parts = compile_step(self.make_parts) if setting.compiled else self.make_parts
         self.actor = Actor(self.net, self.obs_norm, compiled=setting.compiled)
 
     def act(self, obs: Tensor, explore: bool = True) -> Tensor:
@@ -128,14 +128,14 @@ class PPO(Agent):
         """`update`, given what `schedules` says; without `target_kl` it asks the host nothing."""
         config, raw_obs = self.config, rollout.obs
         rollout = prepare(config, self.net, self.obs_norm, self.reward_scaler, rollout)
-        batch = Batch(*self.batch(rollout))
+        batch = Batch(*self.to_batch(rollout))
 
         steps: list[Metrics] = []
         for epoch in range(config.update_epochs):
             if epoch and config.recompute_advantages:
                 batch = self._with_targets(batch, rollout)
             order = random_order(batch.value.numel(), self.order) if config.shuffle else None
-            parts = self.parts(batch, order)
+            parts = self.to_parts(batch, order)
             steps += [Metrics(*self.step(Batch(*part), lr, scalars)) for part in zip(*parts, strict=True)]
             if config.adaptive_lr_kl is not None:
                 lr = self._adapt_lr(lr, self._kl(steps))

@@ -89,7 +89,7 @@ class SAC(Agent):
         self.temperature = Temperature(config.alpha_init if config.alpha is None else config.alpha).to(device)
         self.target_entropy = config.target_entropy if config.target_entropy is not None else usual(action_space)
         self.obs_norm = make_obs_norm(config, setting)
-        self.buffer, self.update_device = make_buffer(config, setting), setting.env_device
+        self.buffer = make_buffer(config, setting)
         self.noise = NoiseStream(self.net.noise, NOISE_STEPS, generator(setting.seed, 0, device))
         self.random = generator(setting.seed, 1, device)  # the first actions
         self.draws = generator(setting.seed, 2, device)  # the actions inside updates

@@ -71,7 +71,7 @@ HELP = f"""\
   eval_every=       steps between evaluations           save_every=   steps between checkpoints
   eval_episodes=    episodes of each                    log_every=    steps between rows of metrics
   threads=          of torch; null chooses              compile=      auto, true, false
-  capture=          on a GPU, CUDA graphs of: auto, true, rollout, update, false
+  capture=          CUDA graphs on a GPU: auto, true (rollouts and updates), rollout, update, false
   tf32=true         on a GPU, matrices multiplied in TF32
   checkpoint.replay=  false: checkpoints without the replay buffer, after which resume= is not exact
   profile=true      where the time goes: a table at the end, profile.json and profile.png

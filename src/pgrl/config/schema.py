@@ -69,9 +69,9 @@ class RunConfig:
     seed: int = 1
     device: str = "cpu"  # cpu, cuda, cuda:<number>
     threads: int | None = None  # torch's; null: 1 for small networks, all cores for large ones
-    compile: bool | str = "auto"  # the gradient step (of SAC and DDPG, all on one batch) as one graph; auto: if it pays
-    tf32: bool = False  # on CUDA, multiply float32 matrices in TF32: faster, with 10 bits of mantissa in the factors
-    capture: bool | str = "auto"  # on CUDA, all of a rollout and of an update as one graph each; auto: what can be
+    compile: bool | str = "auto"  # gradient steps, and what else is tensors alone, as one graph each; auto: if it pays
+    tf32: bool = False  # on CUDA, multiply float32 matrices in TF32: faster, with factors of 10 bits of mantissa
+    capture: bool | str = "auto"  # on CUDA, rollouts and updates as CUDA graphs; auto: what of them can be
     run_dir: str | None = None  # null: runs/<algo>/<env>/<unique name>
     resume: str | None = None  # the folder of a stopped run
     eval_every: int | None = None  # evaluate without exploring, and keep the best checkpoint

@@ -46,9 +46,12 @@ class Episodes(NamedTuple):
     def take(self) -> Episodes:
         """All of them, to be told; none is left here."""
         taken = Episodes(self.env_return.copy(), self.length.copy(), self.env.copy())
+        self.clear()
+        return taken
+
+    def clear(self) -> None:
         for column in self:
             column.clear()
-        return taken
 
 
 class VecEnv(Protocol):

@@ -120,7 +120,7 @@ class EnvPoolVecEnv:
             self._pool = envpool.make(self._id, env_type="gymnasium", **own)
             self._obs[:] = self._rows(self._pool.reset()[0])
         self._episode = list(episodes)
-        self._finished.take()
+        self._finished.clear()
         self._return[:], self._length[:] = 0.0, 0
 
     def _rows(self, batch: Any) -> NDArray[Any]:

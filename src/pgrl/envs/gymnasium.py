@@ -47,7 +47,7 @@ class GymnasiumVecEnv:
         self._begun = False
 
     def reset(self) -> Tensor:
-        self._finished.take()
+        self._finished.clear()
         for i in range(self.num_envs):
             self._begin(i, 0)
         self._begun = True
@@ -112,7 +112,7 @@ class GymnasiumVecEnv:
         if len(state["actions"]) != self.num_envs:
             raise ValueError(f"a state of {len(state['actions'])} envs does not fit {self.num_envs} envs")
         self._seed = state["seed"]
-        self._finished.take()
+        self._finished.clear()
         lost = []
         for i, actions in enumerate(state["actions"]):
             self._begin(i, state["episode"][i])

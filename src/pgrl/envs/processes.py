@@ -105,7 +105,7 @@ class ProcessesVecEnv:
             raise
 
     def reset(self) -> Tensor:
-        self._finished.take()
+        self._finished.clear()
         self._obs[:] = np.concatenate(self._everywhere("reset"))
         self._begun = True
         return self.obs()
@@ -148,7 +148,7 @@ class ProcessesVecEnv:
         """As GymnasiumVecEnv's, each process for its envs."""
         if len(state["actions"]) != self.num_envs:
             raise ValueError(f"a state of {len(state['actions'])} envs does not fit {self.num_envs} envs")
-        self._finished.take()
+        self._finished.clear()
         parts, first = [], 0
         for number in [self._own.num_envs, *(worker.task.number for worker in self._workers)]:
             rows = slice(first, first + number)
