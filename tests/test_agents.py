@@ -1108,6 +1108,25 @@ def test_off_is_the_limit_of_on(keys: dict[str, Any], same: dict[str, Any]) -> N
 # --- compiled ---
 
 
+@pytest.mark.parametrize("cls", [PPOConfig, A2CConfig, REINFORCEConfig, NPGConfig, TRPOConfig, DDPGConfig, SACConfig])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_compiled_agent_samples_in_a_graph_where_numpy_does_not(
+    cls: type, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def compile_step(step: Any) -> Any:
+        return lambda *arguments: asked.append(len(arguments[0])) or step(*arguments)  # type: ignore[func-returns-value]
+
+    monkeypatch.setattr("pgrl.acting.compile_step", compile_step)
+    agent = make(cls, {"learning_starts": 0} if cls in (DDPGConfig, SACConfig) else {}, compiled=compiled)
+    with torch.no_grad():
+        assert len(agent.act(torch.zeros(3, *VECTOR.shape))) == 3 and not asked
+        agent.actor._rows = 2
+        assert len(agent.act(torch.zeros(3, *VECTOR.shape))) == 3
+    assert asked == [3] * compiled
+
+
 @pytest.mark.slow  # the compiler takes most of a minute
 @pytest.mark.parametrize("world", ["box", "discrete"])
 @pytest.mark.parametrize(

@@ -138,17 +138,26 @@ def test_evaluate_writes_its_file_and_leaves_the_run_alone(tmp_path: Path, capsy
     assert "IQM" in capsys.readouterr().out
 
 
-def test_a_run_makes_its_envs_on_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_run_makes_its_envs_on_its_own_device(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[object] = []
 
     def make_vec(config: object, num_envs: int, seed: int, device: str, *, compiled: bool) -> None:
-        made.extend([num_envs, seed, device])
+        made.extend([num_envs, seed, device, compiled])
         raise UserError("enough")
 
     monkeypatch.setattr("pgrl.runs.make_vec", make_vec)
     with pytest.raises(UserError, match="enough"):
-        build(replace(compose([*PPO, "env.backend=torch"]), device="cuda:3"))
-    assert made == [4, 3, "cuda:3"]
+        build(replace(compose([*PPO, "env.backend=torch"]), device="cuda:3", compile=compiled))
+    assert made == [4, 3, "cuda:3", compiled]
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_a_run_multiplies_as_it_says(tf32: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr(processor, "set_up", lambda *_, **named: told.append(named))
+    build(compose([*PPO, f"tf32={str(tf32).lower()}"]))
+    assert told[-1] == {"tf32": tf32}
 
 
 def test_rows_count_env_steps_over_all_envs(tmp_path: Path) -> None:
