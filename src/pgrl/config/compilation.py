@@ -10,16 +10,16 @@ from pgrl.config.checks import has_compiler, values_states
 if TYPE_CHECKING:
     from pgrl.config.schema import RunConfig
 
-# Gradient steps that repay a compilation with an empty cache, 8 to 12 s: scripts/bench_compile.py, docs/performance.md.
+# Gradient steps that repay a compilation with an empty cache, 8 to 15 s: scripts/bench_compile.py, docs/performance.md.
 # Both sides grow with the processor's slowness. A3C and DPG have nothing to compile.
 REPAID = {
-    "a2c": 35_000,
-    "ddpg": 25_000,
-    "npg": 85_000,
-    "ppo": 40_000,
-    "reinforce": 130_000,
-    "sac": 25_000,
-    "trpo": 100_000,
+    "a2c": 20_000,
+    "ddpg": 10_000,
+    "npg": 55_000,
+    "ppo": 45_000,
+    "reinforce": 90_000,
+    "sac": 16_000,
+    "trpo": 60_000,
 }
 
 
