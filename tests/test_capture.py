@@ -732,8 +732,22 @@ def test_on_cuda_a_captured_run_repeats_itself_and_resumes_bit_for_bit(name: str
 @pytest.mark.gpu
 @pytest.mark.parametrize("words", [*CUDA_STEPS.values(), *[ON_CPU[f"{name}, envs on the cpu"] for name in STEPS]])
 def test_on_cuda_captured_steps_give_what_single_operations_give(words: list[str]) -> None:
-    config = compose([*SHORT, *words, "capture=false"])
-    ours, twin = build(config), build(config)
+    compare_steps(words)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CUDA_STEPS)
+def test_on_cuda_compiled_steps_can_be_captured_and_give_what_single_operations_give(name: str) -> None:
+    large = ["algo.network.hidden_sizes=[256,256]", "algo.batch_size=32"]
+    compare_steps([*CUDA_STEPS[name], *large], compiled=True)
+
+
+def compare_steps(words: list[str], *, compiled: bool = False) -> None:
+    """Updates of captured steps, compiled or not, beside those of single operations."""
+    ours, twin = (
+        build(compose([*SHORT, *words, "capture=false", f"compile={str(how).lower()}"])) for how in (compiled, False)
+    )
     update = captured_update(ours.agent)
     for k, transition in enumerate(play_at_random(twin, 10)):
         metrics, told = update(transition, k / 40), twin.agent.update(transition, k / 40)

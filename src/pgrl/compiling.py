@@ -19,6 +19,7 @@ OPTIONS = {  # of inductor
     "cpp.use_decompose_tanh": True,  # made of exp, which is faster: within 5e-7
     "size_asserts": False,  # of every input at every call; `signature` asks what can change
     "alignment_asserts": False,
+    "loop_ordering_after_fusion": False,  # of a GPU's loops; torch 2.11 fails at it where an optimiser's are among them
     "pattern_matcher": False,  # it would put a layer's product and its bias back together, see `networks.linear`
 }
 

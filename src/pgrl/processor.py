@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 LARGE = 100_000  # parameters that learn: two MLPs of 256-256 have 150,000, of 128-128 40,000
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+M_MXFAST, M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = 1, -1, -3  # of glibc's malloc.h
 # How torch multiplies matrices of single precision on the CPU: with "bf16" it calls oneDNN, with "none" MKL.
 MATMUL: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
 
@@ -67,8 +67,11 @@ def onednn_is_faster() -> bool:
 def keep_freed_memory() -> None:
     """Let glibc keep freed memory for the next tensors of that size, instead of having new pages from the system.
 
-    An activation of 256 by 256 is beyond its first thresholds. Other C libraries are left as they are.
+    An activation of 256 by 256 is beyond its first thresholds. It also merges its small freed pieces, its fast bins,
+    each time a piece of 64 KiB is freed; without such bins there are none to merge. Other C libraries are left as they
+    are.
     """
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
+        library.mallopt(M_MXFAST, 0)
         library.mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # the largest that glibc takes
         library.mallopt(M_TRIM_THRESHOLD, 256 * 2**20)
