@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import gymnasium.spaces as spaces
@@ -12,10 +13,15 @@ import torch
 from torch import Generator, Tensor
 
 from pgrl.acting import Actor
+from pgrl.agents import Agent, Setting
+from pgrl.config import compose
+from pgrl.data import Rollout, Transition
 from pgrl.flat import FlatParameters
 from pgrl.networks import ActorCritic, NetworkConfig, Policy, PolicyConfig
 from pgrl.normalisers import RunningNorm
 from pgrl.q_networks import DeterministicPolicy, OffPolicyNetworkConfig
+from pgrl.runs import build
+from pgrl.train import collect
 
 ACTIONS: dict[str, spaces.Space[Any]] = {
     "discrete": spaces.Discrete(3),
@@ -40,6 +46,11 @@ def make(
     if norm is not None:
         norm.update(3.0 * torch.randn(100, *shape) + 1.0)
     return Actor(net, norm), net, norm
+
+
+def setting(net: ActorCritic, **named: Any) -> Setting:
+    device = named.pop("device", torch.device("cpu"))
+    return Setting(spaces.Box(-np.inf, np.inf, (5,), np.float32), net.action_space, 4, 1, device, **named)
 
 
 def expected(net: ActorCritic, norm: RunningNorm | None, obs: Tensor, noise: Tensor) -> Tensor:
@@ -182,7 +193,7 @@ def test_compiled_acting_samples_what_the_network_samples(distribution: str, own
         PolicyConfig(distribution=distribution, state_dependent_std=own_std),
     )
     norm = RunningNorm((5,), 1.5)
-    actor = Actor(net, norm, compiled=True)
+    actor = Actor(net, norm, setting(net, compiled=True))
     obs, noise = inputs(net, rows=64)
     with torch.no_grad():
         for _ in range(2):
@@ -197,7 +208,79 @@ def test_compiled_acting_chooses_what_the_network_chooses(space: spaces.Space[An
     net = ActorCritic(
         spaces.Box(-np.inf, np.inf, (5,), np.float32), space, NetworkConfig(policy_gain=1.0), PolicyConfig()
     )
-    actor = Actor(net, None, compiled=True)
+    actor = Actor(net, None, setting(net, compiled=True))
     obs, noise = inputs(net, rows=64)
     with torch.no_grad():
         assert torch.equal(actor.apply(obs, noise), net.sample(obs, noise))
+
+
+ELSEWHERE = torch.device("cpu", 0)  # to torch another device than "cpu", for which it stands in
+
+
+def learn(device: torch.device, *words: str) -> tuple[Agent, list[Transition]]:
+    """An agent after some iterations of the loop beside envs on the CPU, and its rollouts."""
+    quiet = ["tuned=null", "num_envs=2", "seed=3", "threads=1", "compile=false", "total_timesteps=10000"]
+    run = build(replace(compose([*words, *quiet]), device=str(device)))
+    agent, env, found = run.agent, run.env, []
+    rollout, obs = Rollout(agent.num_steps, 2, env.obs_space, env.action_space, env.device), env.reset()
+    for k in range(max(3, 40 // agent.num_steps)):
+        transition = collect(env, agent, rollout, obs, device)
+        obs = rollout.obs[-1].clone()
+        found.append(Transition(*(x.clone() for x in transition)))
+        agent.update(transition, k / 100)
+    env.close()
+    return agent, found
+
+
+SMALL = ["algo.num_steps=8", "algo.num_minibatches=4", "algo.update_epochs=2"]
+REPLAY = ["algo.learning_starts=16", "algo.batch_size=8", "algo.network.hidden_sizes=[16,16]", "env=Pendulum-v1"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["algo=ppo", *SMALL, "env=CartPole-v1", "algo.norm_obs=true"],
+        ["algo=ppo", *SMALL, "env=Pendulum-v1", "algo.policy.rescale=true"],
+        ["algo=trpo", *SMALL, "env=Pendulum-v1"],
+        ["algo=npg", *SMALL, "env=CartPole-v1"],
+        ["algo=reinforce", *SMALL[1:2], "algo.num_steps=32", "env=CartPole-v1", "env.max_episode_steps=16"],
+        ["algo=a2c", "env=Pendulum-v1", "algo.norm_obs=true"],
+        ["algo=sac", *REPLAY, "algo.norm_obs=true", "algo.noise_correlation=0.5"],
+        ["algo=sac", *REPLAY, "env=CartPole-v1", "algo.target_entropy=0.2"],
+        ["algo=ddpg", *REPLAY, "algo.noise=ou"],
+    ],
+    ids=" ".join,
+)
+def test_a_copy_beside_the_envs_acts_as_what_learns_elsewhere(words: list[str]) -> None:
+    (agent, expected), (other, found) = learn(torch.device("cpu"), *words), learn(ELSEWHERE, *words)
+    assert (other.act_device, other.device) == (torch.device("cpu"), torch.device("cpu"))
+    for rollout, right in zip(found, expected, strict=True):
+        assert all(map(torch.equal, rollout, right))
+    assert all(map(torch.equal, other.parameters(), agent.parameters()))
+
+
+def test_a_copy_is_renewed_when_a_rollout_begins() -> None:
+    _, net, norm = make()
+    actor = Actor(net, norm, setting(net, device=ELSEWHERE))
+    obs, noise = inputs(net)
+    first = actor.sample(obs, noise)
+    with torch.no_grad():
+        net.policy_head.bias.add_(1.0)
+        assert torch.equal(actor.sample(obs, noise), first)
+        actor.take_over()
+        torch.testing.assert_close(actor.sample(obs, noise), expected(net, norm, obs, noise))
+        assert not torch.equal(actor.sample(obs, noise), first)
+
+
+@pytest.mark.parametrize("why", ["many envs", "a body that numpy does not know", "envs there"])
+def test_others_act_where_they_learn(why: str) -> None:
+    _, net, norm = make(activation="elu" if why.startswith("a body") else "tanh")
+    there = setting(net, device=ELSEWHERE)
+    if why == "many envs":
+        there.num_envs = 10**6
+    elif why == "envs there":
+        there.env_device = ELSEWHERE
+    actor = Actor(net, norm, there)
+    assert str(actor.device) == "cpu:0"
+    obs, noise = inputs(net)
+    torch.testing.assert_close(actor.sample(obs, noise), expected(net, norm, obs, noise))

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import create_autospec
 
+import numpy as np
 import pytest
 import torch
 from tests.faults.test_resume import assert_same, equal, outcome
@@ -25,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pgrl
+import pgrl.acting
 import pgrl.networks
 from pgrl import capture, checkpoint
 from pgrl.agents import AGENTS, A2CConfig, Agent, PPOConfig, Setting
@@ -381,6 +383,8 @@ class Driver:
 def test_what_cuda_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Warm-ups on a stream beside the main one, generators before the capture, and then replays alone."""
     driver, walk = Driver(monkeypatch), Walk()
+    there = type("There", (Generator,), {"device": torch.device("cuda")})
+    walk.random, walk.here = there().manual_seed(1), Generator()  # type: ignore[attr-defined]
 
     def move(by: Tensor) -> None:
         driver.asked.append("call")
@@ -423,7 +427,7 @@ def test_metrics_are_read_before_the_next_update(monkeypatch: pytest.MonkeyPatch
 
 def make(cls: type, keys: dict[str, Any], world: str = "box", device: torch.device = CPU) -> Any:
     torch.manual_seed(1)
-    setting = Setting(WORLDS[world].obs, WORLDS[world].action, 2, 1, device)
+    setting = Setting(WORLDS[world].obs, WORLDS[world].action, 2, 1, device, env_device=device)
     return AGENTS[cls](configure(cls, keys), setting)
 
 
@@ -534,7 +538,9 @@ def test_the_guard_sees_the_host(call: Callable[[Tensor], Any], words: str) -> N
 
 @pytest.fixture
 def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the meta device lacks: generators, networks that can be moved there, and Adam's kernel."""
+    """What the meta device lacks: generators, networks that can be moved there, Adam's kernel, and a way back."""
+    import torch._dynamo  # which torch's operations on meta import, and which needs the true Generator
+
     units = pgrl.networks.units
 
     def there(begin: Callable[..., None]) -> Callable[..., None]:
@@ -560,6 +566,7 @@ def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("networks", "q_networks"):
         monkeypatch.setattr(f"pgrl.{module}.units", units_on_host)  # is asked for numbers
     monkeypatch.setattr(torch, "_fused_adam_", fused_adam)
+    monkeypatch.setattr(pgrl.acting, "copies", lambda xs: [np.zeros(x.shape, np.float32) for x in xs])
 
 
 def a_rollout(agent: Agent, world: str) -> Transition:
@@ -603,7 +610,7 @@ def test_the_early_stop_asks_the_host(on_meta: None) -> None:
 @pytest.mark.parametrize("name", ["CartPole-v1", "Pendulum-v1", "Acrobot-v1", "MountainCarContinuous-v0"])
 def test_no_rollout_asks_the_host(name: str, keys: dict[str, Any], cls: type, on_meta: None) -> None:
     env = make_vec(EnvConfig(name, backend="torch"), 2, 1, "meta")
-    agent = AGENTS[cls](configure(cls, keys), Setting(env.obs_space, env.action_space, 2, 1, META))
+    agent = AGENTS[cls](configure(cls, keys), Setting(env.obs_space, env.action_space, 2, 1, META, env_device=META))
     rollout = Rollout(agent.num_steps, 2, env.obs_space, env.action_space, META)
     obs = env.reset()
     assert refused(lambda: collect(env, agent, rollout, obs, META)) == ""
@@ -627,14 +634,14 @@ def test_replay_in_main_memory_and_an_agent_elsewhere_do_not_mix(words: list[str
     config = compose([*SHORT, *words, "env.backend=gymnasium", "algo.per_alpha=null"])
     env = make_vec(config.env, config.num_envs, 1)
     agent: Any = AGENTS[type(config.algo)](config.algo, Setting(env.obs_space, env.action_space, 4, 1, META))
-    assert agent.update_device == CPU and agent.device == META
+    assert agent.update_device == CPU and agent.act_device == CPU and agent.device == META
     rollout = Rollout(1, 4, env.obs_space, env.action_space, CPU)
     obs = env.reset()
     for _ in range(20):
         with torch.no_grad():
             rollout.begin(obs)
-            assert agent.act(obs.to(META)).device == META
-            env.step(torch.zeros_like(rollout.transition.action[0]), out=rollout.steps[0])
+            agent.begin_rollout()
+            env.step(rollout.put(0, agent.act(obs)), out=rollout.steps[0])
             obs = rollout.obs[-1].clone()
         metrics = agent.update(rollout.transition, 0.0)
     assert {x.device for name, x in metrics.items() if name.startswith("losses/")} == {META}

@@ -1,14 +1,15 @@
-"""What agents act with; on a CPU in numpy where calls are small.
+"""What agents act with; in numpy where envs are on the CPU and calls are small.
 
 Between two steps of an env the processor's caches lose torch's code, and calling one of its operations costs more than
-the arithmetic of 64 units; numpy's cost less (`scripts/bench_acting.py`).
+the arithmetic of 64 units; numpy's cost less (`scripts/bench_acting.py`). A GPU's cost more still, and the way there
+and back: an agent that learns on one acts in main memory, on a copy of its policy, which each rollout renews.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import gymnasium.spaces as spaces
 import numpy as np
@@ -43,29 +44,58 @@ def clip_(x: Array, low: float, high: float) -> None:
 
 
 ACTIVATIONS: dict[str, Callable[[Array], None]] = {"tanh": tanh_, "relu": relu_}
+DISTRIBUTIONS = ("gaussian", "squashed", "deterministic")
+
+
+class Place(Protocol):
+    """What a run's `Setting` says about acting."""
+
+    num_envs: int
+    device: torch.device
+    env_device: torch.device
+    compiled: bool
 
 
 class Actor:
     """Actions of `net` for observations that `obs_norm` normalises, without gradients.
 
-    Samples are made in numpy where a call is small: an MLP of tanh or ReLU units in main memory, whose actions are one
-    choice among K, Gaussian, squashed or deterministic. They equal `net.sample` to rounding. The weights are read where
-    they lie, and looked up again where those of the last layer were moved, with which all others move. What torch does
-    instead, on a GPU everything, is one graph with `compiled`.
+    Samples are made in numpy where a call is small: an MLP of tanh or ReLU units, whose actions are one choice among K,
+    Gaussian, squashed or deterministic. They equal `net.sample` to rounding. Weights in main memory are read where they
+    lie, and looked up again where those of the last layer were moved, with which all others move; of others numpy has a
+    copy, which `take_over` renews. What torch does instead is one graph where the setting says `compiled`.
+
+    `device` is where `sample` takes observations and noise: that of `net`, or main memory, where the envs are there.
     """
 
     def __init__(
-        self, net: Policy | DeterministicPolicy, obs_norm: RunningNorm | None, *, compiled: bool = False
+        self, net: Policy | DeterministicPolicy, obs_norm: RunningNorm | None, setting: Place | None = None
     ) -> None:
         self._net, self._obs_norm = net, obs_norm
+        compiled = setting is not None and setting.compiled
         self.apply: Callable[[Tensor, Tensor], Tensor] = compile_step(self.large) if compiled else self.large
-        self._rows, self._weight = 0, net.policy_head.weight
-        body, discrete = net.body, isinstance(net.action_space, spaces.Discrete)
-        known = discrete or net.distribution in ("gaussian", "squashed", "deterministic")
-        if isinstance(body, MLP) and self._weight.is_cpu and known and body.activation in ACTIVATIONS:
-            self._activate = ACTIVATIONS[body.activation]
-            widest = max(layer.weight.numel() for layer in [*body.layers, net.policy_head])
-            self._rows = CALL_LIMIT // widest if widest <= LAYER_LIMIT else 0
+        self._weight = net.policy_head.weight
+        learns_on = self._weight.device if setting is None else setting.device
+        acts_on = learns_on if setting is None else setting.env_device
+        rows, num_envs = self._small(acts_on), 0 if setting is None else setting.num_envs
+        self._copies = acts_on != learns_on and num_envs <= rows
+        self.device = acts_on if self._copies else learns_on
+        self._rows = rows if self._copies or acts_on == learns_on else 0
+        if self._rows:
+            self._look_up()
+
+    def _small(self, acts_on: torch.device) -> int:
+        """How many observations make a small call there; 0 where numpy does not act."""
+        net, body = self._net, self._net.body
+        known = isinstance(net.action_space, spaces.Discrete) or net.distribution in DISTRIBUTIONS
+        if not (acts_on.type == "cpu" and known and isinstance(body, MLP) and body.activation in ACTIVATIONS):
+            return 0
+        self._activate = ACTIVATIONS[body.activation]
+        widest = max(layer.weight.numel() for layer in [*body.layers, net.policy_head])
+        return CALL_LIMIT // widest if widest <= LAYER_LIMIT else 0
+
+    def take_over(self) -> None:
+        """Renew what numpy has a copy of."""
+        if self._copies:
             self._look_up()
 
     def mode(self, obs: Tensor) -> Tensor:
@@ -75,7 +105,8 @@ class Actor:
     def sample(self, obs: Tensor, noise: Tensor) -> Tensor:
         """Actions [B, ...] in the env's units, as `net.sample` gives them."""
         if len(obs) > self._rows or obs.dtype != torch.float32:
-            return self.apply(obs, noise)
+            where = self._weight.device
+            return self.apply(obs.to(where), noise.to(where))
         if self._place != self._weight.data_ptr():
             self._look_up()
 
@@ -127,16 +158,27 @@ class Actor:
         return x
 
     def _look_up(self) -> None:
-        """Views of everything `sample` computes with."""
+        """Views, or copies, of everything `sample` computes with."""
         net, norm = self._net, self._obs_norm
-        layers = [*net.body.layers, net.policy_head]
-        *self._hidden, self._head = [(view(layer.weight).T, view(layer.bias)) for layer in layers]
-        self._log_std, self._log_std_init = None if net.log_std is None else view(net.log_std), net.log_std_init
-        self._affine = (view(net.center), view(net.radius)) if net.affine else None
-        self._norm = None if norm is None else (view(norm.scale), view(norm.shift), norm.clip)
+        layers = [x for layer in (*net.body.layers, net.policy_head) for x in (layer.weight, layer.bias)]
+        log_std = [] if net.log_std is None else [net.log_std]
+        affine = [net.center, net.radius] if net.affine else []
+        moments = [] if norm is None else [norm.scale, norm.shift]
+        arrays = iter((copies if self._copies else views)([*layers, *log_std, *affine, *moments]))
+        *self._hidden, self._head = [(next(arrays).T, next(arrays)) for _ in range(len(layers) // 2)]
+        self._log_std, self._log_std_init = next(arrays) if log_std else None, net.log_std_init
+        self._affine = (next(arrays), next(arrays)) if affine else None
+        self._norm = None if norm is None else (next(arrays), next(arrays), norm.clip)
         self._place = self._weight.data_ptr()
 
 
-def view(x: Tensor) -> Array:
-    """The tensor's memory as an array."""
-    return x.detach().numpy()
+def views(tensors: Sequence[Tensor]) -> list[Array]:
+    """The memory of tensors as arrays."""
+    return [x.detach().numpy() for x in tensors]
+
+
+def copies(tensors: Sequence[Tensor]) -> list[Array]:
+    """Arrays with what tensors of one type and device hold, by one copy."""
+    row: Array = torch.cat([x.detach().reshape(-1) for x in tensors]).cpu().numpy()
+    ends = np.cumsum([x.numel() for x in tensors])
+    return [part.reshape(x.shape) for x, part in zip(tensors, np.split(row, ends[:-1]), strict=True)]

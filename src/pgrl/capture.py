@@ -62,10 +62,10 @@ class Captured(Generic[T]):
     """`function` of trees of tensors, captured at its first call and from then on repeated as it was then.
 
     What it changes, the states of `parts` and perhaps its inputs, is as if that first call had been the only one: the
-    calls that warm up are undone. It draws from generators of `parts` alone. What it returns lies where the first
-    call's result lay, so a call overwrites the result before it. The inputs of the first call are its room for inputs,
-    or with `own_room` copies of them: later ones that lie elsewhere are copied there. On a CPU, where there are no
-    graphs, the function itself is called.
+    calls that warm up are undone. It draws from generators of `parts` alone, and of those from the device's. What it
+    returns lies where the first call's result lay, so a call overwrites the result before it. The inputs of the first
+    call are its room for inputs, or with `own_room` copies of them: later ones that lie elsewhere are copied there. On
+    a CPU, where there are no graphs, the function itself is called.
 
     UserError if CUDA refuses the capture, ValueError for inputs of other shapes than the first.
     """
@@ -82,7 +82,8 @@ class Captured(Generic[T]):
         if self._replay is None:
             self._inputs = copied(inputs) if self._own_room else inputs
             self._warm_up()
-            self._replay = record(self._call, [g for part in self._parts for g in generators(part)], self._device)
+            drawn = [g for part in self._parts for g in generators(part) if g.device.type == self._device.type]
+            self._replay = record(self._call, drawn, self._device)
         for mine, given in zip(tensors(self._inputs), tensors(inputs), strict=True):
             if mine.data_ptr() != given.data_ptr():
                 if mine.shape != given.shape:

@@ -33,9 +33,12 @@ def collect(env: VecEnv, agent: Agent, rollout: Rollout, obs: Tensor, device: to
     The rollout is where `agent.update` takes it.
     """
     rollout.begin(obs)
-    here = env.device == device
+    if env.device != device:
+        agent.begin_rollout()
+    acts_on = agent.act_device
+    here = env.device == acts_on
     for t, step in enumerate(rollout.steps):
-        action = agent.act(rollout.obs[t] if here else rollout.obs[t].to(device))
+        action = agent.act(rollout.obs[t] if here else rollout.obs[t].to(acts_on))
         env.step(rollout.put(t, action), out=step)
     return Transition(*(x.to(agent.update_device or device) for x in rollout.transition))
 

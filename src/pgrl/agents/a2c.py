@@ -59,7 +59,8 @@ class A2C(Agent):
         self.net = ActorCritic(setting.obs_space, setting.action_space, config.network, config.policy)
         self.net.to(setting.device)
         self.obs_norm, self.value_norm, self.reward_scaler = make_normalisers(config, setting)
-        self.noise = NoiseStream(self.net.noise, config.num_steps, generator(setting.seed, 0, setting.device))
+        self.actor = Actor(self.net, self.obs_norm, setting)
+        self.noise = NoiseStream(self.net.noise, config.num_steps, generator(setting.seed, 0, self.actor.device))
         self.updates = torch.zeros((), dtype=torch.int64, device=setting.device)
         rmsprop = partial(RMSProp, alpha=config.rms_prop_alpha, eps=config.opt_eps)
         # statistics of returns are numbers in double precision, which dynamo would make constants of a graph
@@ -72,7 +73,6 @@ class A2C(Agent):
             compiled=setting.compiled and not whole,
         )
         self.whole_step = compile_step(self.step_with_targets) if whole else self.step_with_targets
-        self.actor = Actor(self.net, self.obs_norm, compiled=setting.compiled)
 
     def act(self, obs: Tensor, explore: bool = True) -> Tensor:
         return self.actor.sample(obs, self.noise.next(len(obs))) if explore else self.actor.mode(obs)

@@ -66,6 +66,17 @@ class Agent(ABC):
         return next(self.parameters()).device
 
     @property
+    def act_device(self) -> torch.device:
+        """Where `act` takes observations while it explores: beside the envs, if it is faster there."""
+        actor = vars(self).get("actor")
+        return self.device if actor is None else actor.device
+
+    def begin_rollout(self) -> None:
+        """Called ahead of each rollout where the envs are not on `device`: what acts takes over what was learnt."""
+        if "actor" in vars(self):
+            vars(self)["actor"].take_over()
+
+    @property
     def update_device(self) -> torch.device | None:
         """Where `update` takes rollouts: where the replay buffer is, or None, where the parameters are."""
         buffer = vars(self).get("buffer")

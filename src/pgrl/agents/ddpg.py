@@ -67,12 +67,13 @@ class DDPG(Agent):
         self.target_net, self.target_critics = copy.deepcopy(self.net), copy.deepcopy(self.critics)
         self.obs_norm = make_obs_norm(config, setting)
         self.buffer = make_buffer(config, setting)
-        self.noise = NoiseStream(self.draw_noise, NOISE_STEPS, generator(setting.seed, 0, device))
-        self.random = generator(setting.seed, 1, device)  # the first actions
+        self.actor = Actor(self.net, self.obs_norm, setting)
+        self.noise = NoiseStream(self.draw_noise, NOISE_STEPS, generator(setting.seed, 0, self.actor.device))
+        self.random = generator(setting.seed, 1, self.actor.device)  # the first actions
         self.draws = generator(setting.seed, 2, device)  # the noise inside updates
         self.drift: Tensor | None = None  # the state of noise=ou
         if config.noise == "ou":
-            self.drift = torch.zeros(setting.num_envs, self.net.actions, device=device)
+            self.drift = torch.zeros(setting.num_envs, self.net.actions, device=self.actor.device)
         self.updates = torch.zeros((), dtype=torch.int64)
 
         self.lr = torch.tensor([config.critic_lr, config.actor_lr], device=device).unbind()
@@ -81,7 +82,6 @@ class DDPG(Agent):
         self.step = compile_step(self.steps) if setting.compiled else self.steps
         self.target_policy = Target(self.target_net, self.actor_step.whole)
         self.target_q = Target(self.target_critics, self.critic_step.whole)
-        self.actor = Actor(self.net, self.obs_norm, compiled=setting.compiled)
 
     def act(self, obs: Tensor, explore: bool = True) -> Tensor:
         if explore and self.buffer.count < self.config.learning_starts:

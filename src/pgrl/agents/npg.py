@@ -46,12 +46,12 @@ class NPG(Agent):
         self.net = ActorCritic(setting.obs_space, setting.action_space, config.network, config.policy)
         self.net.to(setting.device)
         self.obs_norm, self.value_norm, self.reward_scaler = make_normalisers(config, setting)
-        self.noise = NoiseStream(self.net.noise, config.num_steps, generator(setting.seed, 0, setting.device))
+        self.actor = Actor(self.net, self.obs_norm, setting)
+        self.noise = NoiseStream(self.net.noise, config.num_steps, generator(setting.seed, 0, self.actor.device))
         self.rows = generator(setting.seed, 2, setting.device)
         self.policy = FlatParameters(self.net.policy_parameters())
         self.critic = Critic(config, self.net, setting)
         self.updates = torch.zeros((), dtype=torch.int64)
-        self.actor = Actor(self.net, self.obs_norm, compiled=setting.compiled)
 
     def act(self, obs: Tensor, explore: bool = True) -> Tensor:
         return self.actor.sample(obs, self.noise.next(len(obs))) if explore else self.actor.mode(obs)

@@ -98,7 +98,8 @@ class PPO(Agent):
         self.net = ActorCritic(setting.obs_space, setting.action_space, config.network, config.policy)
         self.net.to(setting.device)
         self.obs_norm, self.value_norm, self.reward_scaler = make_normalisers(config, setting)
-        self.noise = NoiseStream(self.net.noise, config.num_steps, generator(setting.seed, 0, setting.device))
+        self.actor = Actor(self.net, self.obs_norm, setting)
+        self.noise = NoiseStream(self.net.noise, config.num_steps, generator(setting.seed, 0, self.actor.device))
         self.order = generator(setting.seed, 1, setting.device)
         self.kl_coef = torch.tensor(config.kl_coef or 0.0, device=setting.device)
         self.lr_factor = torch.ones((), device=setting.device)
@@ -116,7 +117,6 @@ class PPO(Agent):
         whole = setting.compiled and self.value_norm is None
         self.to_batch = compile_step(self.make_batch) if whole else self.make_batch
         self.to_parts = compile_step(self.make_parts) if setting.compiled else self.make_parts
-        self.actor = Actor(self.net, self.obs_norm, compiled=setting.compiled)
 
     def act(self, obs: Tensor, explore: bool = True) -> Tensor:
         return self.actor.sample(obs, self.noise.next(len(obs))) if explore else self.actor.mode(obs)

@@ -63,7 +63,8 @@ class REINFORCE(Agent):
         self.net = ActorCritic(setting.obs_space, setting.action_space, config.network, config.policy)
         self.net.to(setting.device)
         self.obs_norm, self.value_norm, self.reward_scaler = make_normalisers(config, setting)
-        self.noise = NoiseStream(self.net.noise, config.num_steps, generator(setting.seed, 0, setting.device))
+        self.actor = Actor(self.net, self.obs_norm, setting)
+        self.noise = NoiseStream(self.net.noise, config.num_steps, generator(setting.seed, 0, self.actor.device))
         self.step = GradientStep(
             self.loss,
             [(self.net.policy_parameters(), 1.0)],
@@ -74,7 +75,6 @@ class REINFORCE(Agent):
         self.critic = Critic(config, self.net, setting) if config.baseline == "value" else None
         self.age = torch.zeros(setting.num_envs, dtype=torch.int64, device=setting.device)  # of the running episodes
         self.updates = torch.zeros((), dtype=torch.int64)
-        self.actor = Actor(self.net, self.obs_norm, compiled=setting.compiled)
 
     def act(self, obs: Tensor, explore: bool = True) -> Tensor:
         return self.actor.sample(obs, self.noise.next(len(obs))) if explore else self.actor.mode(obs)

@@ -90,12 +90,13 @@ class SAC(Agent):
         self.target_entropy = config.target_entropy if config.target_entropy is not None else usual(action_space)
         self.obs_norm = make_obs_norm(config, setting)
         self.buffer = make_buffer(config, setting)
-        self.noise = NoiseStream(self.net.noise, NOISE_STEPS, generator(setting.seed, 0, device))
-        self.random = generator(setting.seed, 1, device)  # the first actions
+        self.actor = Actor(self.net, self.obs_norm, setting)
+        self.noise = NoiseStream(self.net.noise, NOISE_STEPS, generator(setting.seed, 0, self.actor.device))
+        self.random = generator(setting.seed, 1, self.actor.device)  # the first actions
         self.draws = generator(setting.seed, 2, device)  # the actions inside updates
         self.drift: Tensor | None = None  # the last noise, with noise_correlation; it begins as if it had always been
         if config.noise_correlation:
-            self.drift = self.net.noise((setting.num_envs,), generator(setting.seed, 4, device))
+            self.drift = self.net.noise((setting.num_envs,), generator(setting.seed, 4, self.actor.device))
         self.updates = torch.zeros((), dtype=torch.int64)
 
         self.lr = torch.tensor([config.critic_lr, config.actor_lr, config.alpha_lr], device=device).unbind()
@@ -104,7 +105,6 @@ class SAC(Agent):
         self.temperature_step = gradient_step(config, self.temperature_loss, self.temperature)
         self.step = compile_step(self.steps) if setting.compiled else self.steps
         self.target = Target(self.target_critics, self.critic_step.whole)
-        self.actor = Actor(self.net, self.obs_norm, compiled=setting.compiled)
 
     def act(self, obs: Tensor, explore: bool = True) -> Tensor:
         if explore and self.buffer.count < self.config.learning_starts:
