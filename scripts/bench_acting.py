@@ -33,7 +33,7 @@ class Through:
     """An agent that acts through its network, as it would without its actor."""
 
     def __init__(self, agent: Any) -> None:
-        self.agent, self.update_device = agent, agent.update_device
+        self.agent, self.act_device, self.update_device = agent, agent.act_device, agent.update_device
 
     def act(self, obs: Tensor) -> Tensor:
         agent = self.agent

@@ -140,13 +140,13 @@ ALL = "env=CartPole-v1 env.backend=torch"
         (
             "algo=a2c env=CartPole-v1",
             "update",
-            "^updates are captured .*; whole rollouts are not, for env.backend=gymnasium steps",
+            "^updates, and acting .*; whole rollouts are not, for env.backend=gymnasium steps",
         ),
         ("algo=npg env=CartPole-v1", False, "^nothing is .* env.backend=gymnasium .*, and algo=npg decides"),
         (
             "algo=sac env=Pendulum-v1 env.backend=torch",
             "update",
-            "^updates are captured .*, for algo=sac decides on the CPU how",
+            "^updates, and acting .*, for algo=sac decides on the CPU how",
         ),
         ("algo=dpg env=Pendulum-v1 env.backend=torch", False, "algo=dpg decides on the CPU how it acts, and algo=dpg"),
         (f"algo=ppo {ALL} profile=true", False, "profile=true"),

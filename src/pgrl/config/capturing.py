@@ -41,10 +41,8 @@ def decide_capture(config: RunConfig) -> tuple[bool | str, str]:
         case {"rollout": rollout, "update": update}:
             return False, f"nothing is captured, for {rollout}, and {update}"
         case {"rollout": why}:
-            return (
-                "update",
-                f"updates are captured as CUDA graphs, and acting if it is done there; whole rollouts are not, for {why}",
-            )
+            what = "updates, and acting if it is done there, are captured as CUDA graphs"
+            return "update", f"{what}; whole rollouts are not, for {why}"
         case {"update": why}:
             return "rollout", f"rollouts are captured as a CUDA graph; updates are not, for {why}"
     return True, "rollouts and updates are captured as two CUDA graphs"
