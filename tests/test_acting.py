@@ -10,7 +10,7 @@ import gymnasium.spaces as spaces
 import numpy as np
 import pytest
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from pgrl.acting import Actor
 from pgrl.agents import Agent, Setting
@@ -220,7 +220,7 @@ ELSEWHERE = torch.device("cpu", 0)  # to torch another device than "cpu", for wh
 def learn(device: torch.device, *words: str) -> tuple[Agent, list[Transition]]:
     """An agent after some iterations of the loop beside envs on the CPU, and its rollouts."""
     quiet = ["tuned=null", "num_envs=2", "seed=3", "threads=1", "compile=false", "total_timesteps=10000"]
-    run = build(replace(compose([*words, *quiet]), device=str(device)))
+    run = build(replace(compose([*quiet, *words]), device=str(device)))
     agent, env, found = run.agent, run.env, []
     rollout, obs = Rollout(agent.num_steps, 2, env.obs_space, env.action_space, env.device), env.reset()
     for k in range(max(3, 40 // agent.num_steps)):
@@ -272,15 +272,41 @@ def test_a_copy_is_renewed_when_a_rollout_begins() -> None:
         assert not torch.equal(actor.sample(obs, noise), first)
 
 
-@pytest.mark.parametrize("why", ["many envs", "a body that numpy does not know", "envs there"])
+@pytest.mark.parametrize("why", ["many envs", "a body that numpy does not know", "envs there", "images"])
 def test_others_act_where_they_learn(why: str) -> None:
     _, net, norm = make(activation="elu" if why.startswith("a body") else "tanh")
-    there = setting(net, device=ELSEWHERE)
+    meta = torch.device("meta")
+    there = setting(net, device=meta)
+    assert Actor(net, norm, there).device == (meta if why.startswith("a body") else torch.device("cpu"))
     if why == "many envs":
         there.num_envs = 10**6
     elif why == "envs there":
-        there.env_device = ELSEWHERE
+        there.env_device = meta
+    elif why == "images":
+        there.obs_space = spaces.Box(0, 255, (5,), np.uint8)
     actor = Actor(net, norm, there)
-    assert str(actor.device) == "cpu:0"
+    assert actor.device == meta
+    actor._look_up = refuse  # type: ignore[method-assign]
     obs, noise = inputs(net)
-    torch.testing.assert_close(actor.sample(obs, noise), expected(net, norm, obs, noise))
+    assert torch.equal(actor.sample(obs, noise), expected(net, norm, obs, noise))
+
+
+def test_more_envs_than_a_copy_is_for_are_sent_to_the_network() -> None:
+    _, net, norm = make()
+    actor = Actor(net, norm, setting(net, device=torch.device("meta")))
+    actor._copies, actor._rows = True, 3
+    actor._weight = nn.Parameter(actor._weight.to("meta"))
+    actor.apply = lambda obs, noise: obs[:, :2] + noise
+    assert {actor.sample(*inputs(net)).device} == {torch.device("meta")}
+
+
+def test_a_resumed_agent_acts_with_what_was_saved() -> None:
+    words = ["algo=ppo", *SMALL, "env=Pendulum-v1"]
+    agent, _ = learn(ELSEWHERE, *words)
+    fresh, _ = learn(ELSEWHERE, *words, "seed=4")
+    fresh.load_state_dict(copy.deepcopy(agent.state_dict()))
+    obs = torch.randn(2, 3)
+    with torch.no_grad():
+        for each in (agent, fresh):
+            each.begin_rollout()
+        assert torch.equal(agent.act(obs), fresh.act(obs))

@@ -628,6 +628,23 @@ def test_finite_tensors_are_checked_by_one_value_of_a_device(monkeypatch: pytest
     assert asked == [META]
 
 
+@pytest.mark.parametrize("activation", ["tanh", "elu"])
+@pytest.mark.parametrize("cls", [cls for cls in ON_POLICY if AGENTS[cls].name in capturing.ACT])
+def test_rollouts_beside_envs_in_main_memory_go_to_an_agent_elsewhere(
+    cls: type, activation: str, on_meta: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    env = make_vec(EnvConfig("Pendulum-v1"), 2, 1)
+    keys = {"norm_obs": True, "network.activation": activation}
+    agent = AGENTS[cls](configure(cls, keys), Setting(env.obs_space, env.action_space, 2, 1, META))
+    assert agent.act_device == (CPU if activation == "tanh" else META) and agent.device == META
+    rollout = Rollout(agent.num_steps, 2, env.obs_space, env.action_space, CPU)
+    acted: list[torch.device] = []
+    if agent.act_device == META:  # whose actions have no values
+        monkeypatch.setattr(rollout, "put", lambda t, a: acted.append(a.device) or rollout._actions[t])
+    transition = collect(env, agent, rollout, env.reset(), META)
+    assert {x.device for x in transition} == {META} and set(acted) <= {META}
+
+
 @pytest.mark.parametrize("words", STEPS.values(), ids=STEPS)
 def test_replay_in_main_memory_and_an_agent_elsewhere_do_not_mix(words: list[str], on_meta: None) -> None:
     """On the meta device operations ask, as on a GPU, that all they take lies there."""
@@ -638,12 +655,9 @@ def test_replay_in_main_memory_and_an_agent_elsewhere_do_not_mix(words: list[str
     rollout = Rollout(1, 4, env.obs_space, env.action_space, CPU)
     obs = env.reset()
     for _ in range(20):
-        with torch.no_grad():
-            rollout.begin(obs)
-            agent.begin_rollout()
-            env.step(rollout.put(0, agent.act(obs)), out=rollout.steps[0])
-            obs = rollout.obs[-1].clone()
-        metrics = agent.update(rollout.transition, 0.0)
+        transition = collect(env, agent, rollout, obs, META)
+        obs = rollout.obs[-1].clone()
+        metrics = agent.update(transition, 0.0)
     assert {x.device for name, x in metrics.items() if name.startswith("losses/")} == {META}
 
 
@@ -679,10 +693,11 @@ def nobody_waits() -> Iterator[None]:
 
 CUDA_RUNS = {name: [*words, "device=cuda"] for name, words in RUNS.items()}
 CUDA_STEPS = {name: [*words, "device=cuda"] for name, words in STEPS.items()}
+CUDA_RUNS["ppo of elu"] = [*CUDA_RUNS["ppo"], "algo.network.activation=elu"]  # which acts on the GPU in any case
 ON_CPU = {  # with envs, and replay, in main memory
     f"{name}, envs on the cpu": [*words, "env.backend=gymnasium"]
     for name, words in (CUDA_RUNS | CUDA_STEPS).items()
-    if name in ("ppo", "a2c with everything", *STEPS)
+    if name in ("ppo", "ppo of elu", "a2c with everything", *STEPS)
 }
 
 

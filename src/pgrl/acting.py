@@ -47,9 +47,10 @@ ACTIVATIONS: dict[str, Callable[[Array], None]] = {"tanh": tanh_, "relu": relu_}
 DISTRIBUTIONS = ("gaussian", "squashed", "deterministic")
 
 
-class Place(Protocol):
+class Surroundings(Protocol):
     """What a run's `Setting` says about acting."""
 
+    obs_space: spaces.Box
     num_envs: int
     device: torch.device
     env_device: torch.device
@@ -64,39 +65,40 @@ class Actor:
     lie, and looked up again where those of the last layer were moved, with which all others move; of others numpy has a
     copy, which `take_over` renews. What torch does instead is one graph where the setting says `compiled`.
 
-    `device` is where `sample` takes observations and noise: that of `net`, or main memory, where the envs are there.
+    `device` is where `sample` takes observations and noise: that of `net`, or main memory, where numpy has a copy.
     """
 
     def __init__(
-        self, net: Policy | DeterministicPolicy, obs_norm: RunningNorm | None, setting: Place | None = None
+        self, net: Policy | DeterministicPolicy, obs_norm: RunningNorm | None, setting: Surroundings | None = None
     ) -> None:
         self._net, self._obs_norm = net, obs_norm
         compiled = setting is not None and setting.compiled
         self.apply: Callable[[Tensor, Tensor], Tensor] = compile_step(self.large) if compiled else self.large
         self._weight = net.policy_head.weight
-        learns_on = self._weight.device if setting is None else setting.device
-        acts_on = learns_on if setting is None else setting.env_device
-        rows, num_envs = self._small(acts_on), 0 if setting is None else setting.num_envs
-        self._copies = acts_on != learns_on and num_envs <= rows
-        self.device = acts_on if self._copies else learns_on
-        self._rows = rows if self._copies or acts_on == learns_on else 0
+        self._rows, self._copies = self._small(), False
+        self.device = self._weight.device if setting is None else setting.device
+        if setting is not None and setting.env_device.type == "cpu" and setting.env_device != self.device:
+            if setting.num_envs <= self._rows and setting.obs_space.dtype != "uint8":
+                self.device, self._copies = setting.env_device, True
+        if self.device.type != "cpu":
+            self._rows = 0
         if self._rows:
             self._look_up()
 
-    def _small(self, acts_on: torch.device) -> int:
-        """How many observations make a small call there; 0 where numpy does not act."""
+    def _small(self) -> int:
+        """How many observations make a small call in numpy; 0 where it does not know the network."""
         net, body = self._net, self._net.body
         known = isinstance(net.action_space, spaces.Discrete) or net.distribution in DISTRIBUTIONS
-        if not (acts_on.type == "cpu" and known and isinstance(body, MLP) and body.activation in ACTIVATIONS):
+        if not (known and isinstance(body, MLP) and body.activation in ACTIVATIONS):
             return 0
         self._activate = ACTIVATIONS[body.activation]
         widest = max(layer.weight.numel() for layer in [*body.layers, net.policy_head])
         return CALL_LIMIT // widest if widest <= LAYER_LIMIT else 0
 
     def take_over(self) -> None:
-        """Renew what numpy has a copy of."""
+        """What numpy has a copy of is out of date: the next sample has a new one."""
         if self._copies:
-            self._look_up()
+            self._place = -1
 
     def mode(self, obs: Tensor) -> Tensor:
         """The most likely actions [B, ...] in the env's units for obs [B, *obs]."""
@@ -107,7 +109,7 @@ class Actor:
         if len(obs) > self._rows or obs.dtype != torch.float32:
             where = self._weight.device
             return self.apply(obs.to(where), noise.to(where))
-        if self._place != self._weight.data_ptr():
+        if self._place != self._weight.data_ptr():  # moved, or taken over
             self._look_up()
 
         x: Array = obs.numpy()

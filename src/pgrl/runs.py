@@ -145,6 +145,7 @@ def made_with(agent: Agent) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "numpy's threads": blas,
         "device": str(agent.device),
+        "acts on": str(agent.act_device),
         "processor": kind,
     }
 

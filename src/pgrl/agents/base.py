@@ -11,6 +11,7 @@ import gymnasium.spaces as spaces
 import torch
 from torch import Tensor, nn
 
+from pgrl.acting import Actor
 from pgrl.data import Transition, restore_generator
 
 CPU = torch.device("cpu")
@@ -46,7 +47,8 @@ class Agent(ABC):
     def act(self, obs: Tensor, explore: bool = True) -> Tensor:
         """Actions [B, ...] in the env's units for obs [B, *obs]; the most likely ones unless exploring.
 
-        Called under `torch.no_grad()`, once for a rollout: entering it here would cost as much as a layer.
+        obs are on `act_device` where it explores, and after `begin_rollout` alone with what was learnt since; otherwise
+        on `device`. Called under `torch.no_grad()`, once for a rollout: entering it here would cost as much as a layer.
         """
 
     @abstractmethod
@@ -62,19 +64,23 @@ class Agent(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the agent's parameters live, and where `act` takes observations."""
+        """Where the agent's parameters live."""
         return next(self.parameters()).device
 
     @property
     def act_device(self) -> torch.device:
         """Where `act` takes observations while it explores: beside the envs, if it is faster there."""
-        actor = vars(self).get("actor")
+        actor = self._actor
         return self.device if actor is None else actor.device
+
+    @property
+    def _actor(self) -> Actor | None:
+        return vars(self).get("actor")
 
     def begin_rollout(self) -> None:
         """Called ahead of each rollout where the envs are not on `device`: what acts takes over what was learnt."""
-        if "actor" in vars(self):
-            vars(self)["actor"].take_over()
+        if self._actor is not None:
+            self._actor.take_over()
 
     @property
     def update_device(self) -> torch.device | None:

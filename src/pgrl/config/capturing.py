@@ -41,7 +41,7 @@ def decide_capture(config: RunConfig) -> tuple[bool | str, str]:
         case {"rollout": rollout, "update": update}:
             return False, f"nothing is captured, for {rollout}, and {update}"
         case {"rollout": why}:
-            what = "updates, and acting if it is done there, are captured as CUDA graphs"
+            what = "updates, and acting where the GPU does it, are captured as CUDA graphs"
             return "update", f"{what}; whole rollouts are not, for {why}"
         case {"update": why}:
             return "rollout", f"rollouts are captured as a CUDA graph; updates are not, for {why}"
