@@ -24,9 +24,9 @@ from pgrl.distributions import (
 )
 from pgrl.errors import UserError
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "tanh": torch.tanh,
-    "relu": torch.relu,
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # some change the layer's output in place
+    "tanh": torch.tanh_,
+    "relu": torch.relu_,
     "elu": F.elu,
     "silu": F.silu,
     "gelu": F.gelu,

@@ -135,7 +135,7 @@ class Critics(nn.Module):
             x = torch.stack([encoder.forward(obs) for encoder in encoders])
             x = x if given is None else torch.cat([x, given.expand(len(x), -1, -1)], -1)
         for weight, bias, norm in layers[:-1]:
-            x = torch.bmm(x, weight) + bias
+            x = torch.bmm(x, weight).add_(bias)
             if norm is not None:
                 factor, summand = norm.split(1, 1)
                 x = F.layer_norm(x, x.shape[-1:]) * factor + summand
