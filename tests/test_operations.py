@@ -38,7 +38,7 @@ class Counts(NamedTuple):
 ACCEPTED = {
     "a2c": Counts(act=3, collect=1, update=224, step=0, waits=1),
     "a3c": Counts(act=3, collect=1, update=224, step=0, waits=1),
-    "ddpg": Counts(act=3, collect=0, update=509, step=227, waits=6),
+    "ddpg": Counts(act=3, collect=0, update=485, step=215, waits=6),
     "dpg": Counts(act=5, collect=33, update=88, step=0, waits=0),
     "npg": Counts(act=3, collect=1, update=1733, step=55, waits=22),
     "ppo": Counts(act=3, collect=1, update=529, step=203, waits=1),

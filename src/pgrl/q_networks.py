@@ -118,11 +118,10 @@ class Critics(nn.Module):
         return self._q(list(self.encoders), self._layers, obs, action)
 
     def first(self, obs: Tensor, action: Tensor) -> Tensor:
-        """What the first one says, [N], to be differentiated by the action: its layers count as constants."""
-        layers = [
-            (weight.detach()[:1], bias.detach()[:1], None if norm is None else norm.detach()[:1])
-            for weight, bias, norm in self._layers
-        ]
+        """What the first one says, [N]."""
+        layers = self._layers
+        if self.count > 1:
+            layers = [(weight[:1], bias[:1], None if norm is None else norm[:1]) for weight, bias, norm in layers]
         return self._q([self.encoders[0]], layers, obs, action)[0]
 
     def _q(self, encoders: list[nn.Module], layers: list[Layer], obs: Tensor, action: Tensor | None) -> Tensor:
