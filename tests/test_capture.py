@@ -40,7 +40,7 @@ from pgrl.envs import EnvConfig, make_vec
 from pgrl.errors import NonFiniteError, UserError
 from pgrl.networks import ActorCritic, Policy
 from pgrl.q_networks import Critics, DeterministicPolicy
-from pgrl.runs import build
+from pgrl.runs import build, made_with
 from pgrl.train import check_finite, collect
 
 CPU = torch.device("cpu")
@@ -642,7 +642,10 @@ def test_rollouts_beside_envs_in_main_memory_go_to_an_agent_elsewhere(
     if agent.act_device == META:  # whose actions have no values
         monkeypatch.setattr(rollout, "put", lambda t, a: acted.append(a.device) or rollout._actions[t])
     transition = collect(env, agent, rollout, env.reset(), META)
-    assert {x.device for x in transition} == {META} and set(acted) <= {META}
+    assert {x.device for x in transition} == {META}
+    assert set(acted) == ({META} if activation == "elu" else set())
+    made = made_with(agent)
+    assert (made["device"], made["acts on"]) == ("meta", "cpu" if activation == "tanh" else "meta")
 
 
 @pytest.mark.parametrize("words", STEPS.values(), ids=STEPS)

@@ -75,7 +75,8 @@ class Agent(ABC):
 
     @property
     def _actor(self) -> Actor | None:
-        return vars(self).get("actor")
+        actor = vars(self).get("actor")
+        return actor if isinstance(actor, Actor) else None
 
     def begin_rollout(self) -> None:
         """Called ahead of each rollout where the envs are not on `device`: what acts takes over what was learnt."""
