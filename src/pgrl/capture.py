@@ -13,7 +13,6 @@ from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Generator, Tensor, nn
 
-from pgrl.acting import Actor
 from pgrl.agents import Agent
 from pgrl.data import Transition
 from pgrl.errors import UserError
@@ -113,9 +112,8 @@ def capture_acting(agent: Agent) -> None:
 
     From then on it explores in so many envs alone, and an action is overwritten by the next.
     """
-    for actor in vars(agent).values():
-        if isinstance(actor, Actor):
-            actor.apply = Captured(actor.apply, [], agent.device, own_room=True)
+    if agent.actor is not None:
+        agent.actor.apply = Captured(agent.actor.apply, [], agent.device, own_room=True)
 
 
 class CapturedSteps:

@@ -53,6 +53,7 @@ METRICS = ("losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/
 
 class A2C(Agent):
     name = "a2c"
+    actor: Actor
 
     def __init__(self, config: A2CConfig, setting: Setting) -> None:
         self.config, self.num_steps = config, config.num_steps

@@ -86,6 +86,7 @@ class SharedRMSProp(RMSProp):
 
 class A3C(Agent):
     name = "a3c"
+    actor: Actor
 
     def __init__(self, config: A3CConfig, setting: Setting) -> None:
         self.config, self.num_steps = config, config.num_steps

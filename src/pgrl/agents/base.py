@@ -39,6 +39,7 @@ class Agent(ABC):
 
     name: ClassVar[str]
     num_steps: int  # T: steps of every env between two updates
+    actor: Actor | None = None  # what `act` samples with, where it is not the network itself
 
     @abstractmethod
     def __init__(self, config: Any, setting: Setting) -> None: ...
@@ -70,18 +71,12 @@ class Agent(ABC):
     @property
     def act_device(self) -> torch.device:
         """Where `act` takes observations while it explores: beside the envs, if it is faster there."""
-        actor = self._actor
-        return self.device if actor is None else actor.device
-
-    @property
-    def _actor(self) -> Actor | None:
-        actor = vars(self).get("actor")
-        return actor if isinstance(actor, Actor) else None
+        return self.device if self.actor is None else self.actor.device
 
     def begin_rollout(self) -> None:
         """Called ahead of each rollout where the envs are not on `device`: what acts takes over what was learnt."""
-        if self._actor is not None:
-            self._actor.take_over()
+        if self.actor is not None:
+            self.actor.take_over()
 
     @property
     def update_device(self) -> torch.device | None:

@@ -52,6 +52,7 @@ class DDPGConfig(OffPolicyConfig):
 
 class DDPG(Agent):
     name = "ddpg"
+    actor: Actor
 
     def __init__(self, config: DDPGConfig, setting: Setting) -> None:
         action_space, device = setting.action_space, setting.device

@@ -40,6 +40,7 @@ class NPGConfig(AdvantageConfig, CriticConfig):
 
 class NPG(Agent):
     name = "npg"
+    actor: Actor
 
     def __init__(self, config: NPGConfig, setting: Setting) -> None:
         self.config, self.num_steps = config, config.num_steps

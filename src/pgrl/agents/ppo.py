@@ -92,6 +92,7 @@ class Metrics(NamedTuple):
 
 class PPO(Agent):
     name = "ppo"
+    actor: Actor
 
     def __init__(self, config: PPOConfig, setting: Setting) -> None:
         self.config, self.num_steps = config, config.num_steps

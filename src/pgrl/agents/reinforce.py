@@ -57,6 +57,7 @@ ROWS = 32  # whose gradients are taken together
 
 class REINFORCE(Agent):
     name = "reinforce"
+    actor: Actor
 
     def __init__(self, config: REINFORCEConfig, setting: Setting) -> None:
         self.config, self.num_steps = config, config.num_steps

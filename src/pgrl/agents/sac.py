@@ -76,6 +76,7 @@ class Temperature(nn.Module):
 
 class SAC(Agent):
     name = "sac"
+    actor: Actor
 
     def __init__(self, config: SACConfig, setting: Setting) -> None:
         obs_space, action_space, device = setting.obs_space, setting.action_space, setting.device

@@ -44,6 +44,7 @@ class TRPOConfig(AdvantageConfig, CriticConfig):
 
 class TRPO(Agent):
     name = "trpo"
+    actor: Actor
 
     def __init__(self, config: TRPOConfig, setting: Setting) -> None:
         self.config, self.num_steps = config, config.num_steps
