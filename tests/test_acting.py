@@ -1,9 +1,10 @@
-"""Acting in numpy gives what the network itself gives, and is what small networks act with."""
+"""Acting in numpy and in C++ gives what the network itself gives, and is what small networks act with."""
 
 from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import gymnasium.spaces as spaces
@@ -17,6 +18,7 @@ from pgrl.agents import Agent, Setting
 from pgrl.config import compose
 from pgrl.data import Rollout, Transition
 from pgrl.flat import FlatParameters
+from pgrl.native import compilers, library
 from pgrl.networks import ActorCritic, NetworkConfig, Policy, PolicyConfig
 from pgrl.normalisers import RunningNorm
 from pgrl.q_networks import DeterministicPolicy, OffPolicyNetworkConfig
@@ -29,6 +31,9 @@ ACTIONS: dict[str, spaces.Space[Any]] = {
     "bounded": spaces.Box(np.float32([0.0, -4.0]), np.float32([1.0, 2.0]), dtype=np.float32),
     "unbounded": spaces.Box(-np.inf, np.inf, (2,), np.float32),
 }
+
+
+TOLERANCE: dict[str, dict[str, float]] = {"numpy": {}, "C++": {"rtol": 2e-6, "atol": 1e-5}}
 
 
 def make(
@@ -48,9 +53,23 @@ def make(
     return Actor(net, norm), net, norm
 
 
-def setting(net: ActorCritic, **named: Any) -> Setting:
+def setting(net: Policy | DeterministicPolicy, **named: Any) -> Setting:
     device = named.pop("device", torch.device("cpu"))
     return Setting(spaces.Box(-np.inf, np.inf, (5,), np.float32), net.action_space, 4, 1, device, **named)
+
+
+@pytest.fixture(params=["numpy", "C++"])
+def way(request: pytest.FixtureRequest) -> str:
+    if request.param == "C++" and not compilers():
+        pytest.skip("needs a C++ compiler")
+    return request.param
+
+
+def actor_of(net: Policy | DeterministicPolicy, norm: RunningNorm | None, way: str) -> Actor:
+    """An actor that samples small calls in this way."""
+    actor = Actor(net, norm, setting(net, compiled=way == "C++"))
+    assert actor.acts_with == way
+    return actor
 
 
 def expected(net: ActorCritic, norm: RunningNorm | None, obs: Tensor, noise: Tensor) -> Tensor:
@@ -72,15 +91,15 @@ def refuse(*_: object) -> None:
 @pytest.mark.parametrize("activation", ["tanh", "relu"])
 @pytest.mark.parametrize("hidden", [[], [8], [64, 64]])
 def test_samples_are_those_of_the_network(
-    action: str, normalised: bool, activation: str, hidden: list[int], monkeypatch: pytest.MonkeyPatch
+    action: str, normalised: bool, activation: str, hidden: list[int], way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    actor, net, norm = make(action, normalised=normalised, activation=activation, hidden_sizes=hidden)
-    obs, noise = inputs(net)
+    _, net, norm = make(action, normalised=normalised, activation=activation, hidden_sizes=hidden)
+    actor, (obs, noise) = actor_of(net, norm, way), inputs(net)
     before, right = obs.clone(), expected(net, norm, obs, noise)
     monkeypatch.setattr(net, "sample", refuse)
     sampled = actor.sample(obs, noise)
     assert sampled.dtype == right.dtype and sampled.shape == right.shape
-    torch.testing.assert_close(sampled, right)
+    torch.testing.assert_close(sampled, right, **TOLERANCE[way])
     assert torch.equal(obs, before)  # nothing of the rollout is overwritten
     assert torch.equal(sampled, actor.sample(obs, noise))
 
@@ -89,7 +108,7 @@ def test_samples_are_those_of_the_network(
 @pytest.mark.parametrize("distribution", ["gaussian", "squashed"])
 @pytest.mark.parametrize("action", ["box", "bounded"])
 def test_samples_of_policies_without_a_critic(
-    distribution: str, own_std: bool, action: str, monkeypatch: pytest.MonkeyPatch
+    distribution: str, own_std: bool, action: str, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Deviations that depend on the state, at their bounds too; those of SAC are of this kind."""
     torch.manual_seed(0)
@@ -103,11 +122,11 @@ def test_samples_of_policies_without_a_critic(
         right = net.sample(obs, noise)
     assert not own_std or (net.policy(obs).log_std == 2.0).any()  # type: ignore[union-attr]
     monkeypatch.setattr(net, "sample", refuse)
-    torch.testing.assert_close(Actor(net, None).sample(obs, noise), right)
+    torch.testing.assert_close(actor_of(net, None, way).sample(obs, noise), right, **TOLERANCE[way])
 
 
 @pytest.mark.parametrize("action", ["box", "bounded"])
-def test_samples_of_deterministic_policies(action: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_of_deterministic_policies(action: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     space, box = spaces.Box(-np.inf, np.inf, (5,), np.float32), ACTIONS[action]
     assert isinstance(box, spaces.Box)
@@ -117,20 +136,23 @@ def test_samples_of_deterministic_policies(action: str, monkeypatch: pytest.Monk
         right = net.sample(obs, noise)
     assert (net.to_policy_units(right) == 1.0).any() and (net.to_policy_units(right).abs() < 0.9).any()
     monkeypatch.setattr(net, "sample", refuse)
-    torch.testing.assert_close(Actor(net, None).sample(obs, noise), right)
+    torch.testing.assert_close(actor_of(net, None, way).sample(obs, noise), right, **TOLERANCE[way])
 
 
-def test_observations_of_many_dimensions_and_without_a_clip() -> None:
-    actor, net, norm = make(shape=(2, 3), clip=None)
-    obs, noise = inputs(net, shape=(2, 3))
+def test_observations_of_many_dimensions_and_without_a_clip(way: str) -> None:
+    _, net, norm = make(shape=(2, 3), clip=None)
+    actor, (obs, noise) = actor_of(net, norm, way), inputs(net, shape=(2, 3))
     torch.testing.assert_close(actor.sample(obs, noise), expected(net, norm, obs, noise))
+    apart = obs.flip(0).flip(0).transpose(1, 2).contiguous().transpose(1, 2)
+    assert not apart.is_contiguous()
+    torch.testing.assert_close(actor.sample(apart, noise.T.contiguous().T), expected(net, norm, obs, noise))
 
 
-def test_weights_and_statistics_are_the_present_ones() -> None:
+def test_weights_and_statistics_are_the_present_ones(way: str) -> None:
     """Changed in place, moved to a flat vector, or copied with the agent: what is used is what the network has."""
-    actor, net, norm = make()
+    _, net, norm = make()
     assert norm is not None
-    obs, noise = inputs(net)
+    actor, (obs, noise) = actor_of(net, norm, way), inputs(net)
     first = actor.sample(obs, noise)
     with torch.no_grad():
         for p in net.policy_parameters():
@@ -151,6 +173,49 @@ def test_weights_and_statistics_are_the_present_ones() -> None:
         twin_net.policy_head.bias.add_(1.0)
     assert torch.equal(actor.sample(obs, noise), third)
     torch.testing.assert_close(twin.sample(obs, noise), third + 1.0)
+
+
+def test_what_is_not_finite_stays_so(way: str) -> None:
+    """So that the loop, which asks whether actions are finite, can say it."""
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        _, net, _ = make(hidden_sizes=[64, 64])
+        actor, (obs, noise) = actor_of(net, None, way), inputs(net)
+        with torch.no_grad():
+            net.policy_head.weight[0, 7] = bad
+        assert not actor.sample(obs, noise)[:, 0].isfinite().any()
+        if bad != bad:
+            obs[2, 1] = bad
+            assert actor.sample(obs, noise).isnan()[2].all()
+
+
+def test_calls_of_more_observations_than_cpp_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An actor whose envs are more leaves them to numpy; where others ask for more it is torch, as without envs."""
+    _, net, norm = make()
+    many = setting(net, compiled=True)
+    many.num_envs = 17
+    assert Actor(net, norm, many).acts_with == "numpy"
+    many.num_envs = 16
+    actor = Actor(net, norm, many)
+    assert actor.acts_with == ("C++" if compilers() else "numpy")
+    monkeypatch.setattr(actor, "apply", lambda obs, noise: len(obs))
+    assert not compilers() or actor.sample(*inputs(net, 17)) == 17
+
+
+@pytest.mark.parametrize("why", ["double precision", "eager", "no compiler", "it fails"])
+def test_where_there_is_no_cpp_it_is_numpy(why: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    _, net, norm = make(normalised=False)
+    library.cache_clear()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # nothing is built there yet
+    if why == "double precision":
+        net = net.double()
+    elif why == "no compiler":
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.delenv("CXX", raising=False)
+    elif why == "it fails":
+        monkeypatch.setattr("pgrl.native.FLAGS", ["--no-such-flag"])
+    actor = Actor(net, norm, setting(net, compiled=why != "eager"))
+    assert actor.acts_with == "numpy"
+    library.cache_clear()
 
 
 @pytest.mark.parametrize(

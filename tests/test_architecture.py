@@ -29,8 +29,9 @@ LAYERS = (
     ("q_networks", "replay_rows"),
     ("replay_layout",),
     ("networks", "normalisers", "data", "optim", "processes"),
+    ("compiling",),
     (
-        "compiling",
+        "native",
         "flat",
         "functional",
         "trust_region",
@@ -50,7 +51,8 @@ RANK = {module: i for i, layer in enumerate(LAYERS) for module in layer}
 PURE = ("functional", "trust_region", "distributions")  # torch and the standard library alone
 ALL_OF_PGRL = {  # for those that import still less of pgrl than their row allows
     **dict.fromkeys(
-        (*PURE, "data", "flat", "signals", "env_ids", "errors", "memory", "processor", "rows", "sum_tree"), set[str]()
+        (*PURE, "data", "flat", "signals", "env_ids", "errors", "memory", "native", "processor", "rows", "sum_tree"),
+        set[str](),
     ),
     "optim": {"flat", "compiling"},
     "checkpoint": {"errors", "files", "rows", "state_tree"},

@@ -24,7 +24,7 @@ from pgrl.envs import BACKENDS, EnvConfig, Episodes, VecEnv, make_vec
 from pgrl.envs.base import episode_seed
 from pgrl.envs.gymnasium import GymnasiumVecEnv
 from pgrl.envs.make import make, peel
-from pgrl.envs.spaces import Choice, quicken
+from pgrl.envs.quick import Choice, quicken_space
 from pgrl.errors import UserError
 
 SEED = 7
@@ -294,7 +294,7 @@ def test_choices_arrive_counted_shaped_and_typed(space: spaces.Space[Any], actio
 def test_a_quickened_space_is_what_it_was(start: int) -> None:
     """Only faster: the same object, equal, with the same members and the same generator."""
     plain, quick = (spaces.Discrete(3, seed=1, start=start) for _ in range(2))
-    quicken(quick)
+    quicken_space(quick)
     assert isinstance(quick, Choice) and quick == plain and plain == quick and repr(quick) == repr(plain)
     values = [*range(-5, 6), 2**63, True, 1.0, "0", None, *map(np.int64, range(-5, 6)), np.array(0), np.array([0])]
     for x in values:
@@ -302,7 +302,7 @@ def test_a_quickened_space_is_what_it_was(start: int) -> None:
     assert [quick.sample() for _ in range(9)] == [plain.sample() for _ in range(9)]
     assert pickle.loads(pickle.dumps(quick)) == plain
     box = spaces.Box(0.0, 1.0)
-    quicken(box)
+    quicken_space(box)
     assert type(box) is spaces.Box
 
 

@@ -1,15 +1,18 @@
-"""What agents act with; in numpy where envs are on the CPU and calls are small.
+"""What agents act with: beside envs on the CPU and where calls are small, C++ or NumPy.
 
 Between two steps of an env the processor's caches lose torch's code, and calling one of its operations costs more than
-the arithmetic of 64 units; numpy's cost less (`scripts/bench_acting.py`). A GPU's cost more still, and the way there
-and back: an agent that learns on one acts in main memory, on a copy of its policy, which each rollout renews.
+the arithmetic of 64 units; numpy's cost less, and one call of C++ for all of them less again
+(`scripts/bench_acting.py`). A GPU's cost more still, and the way there and back: an agent that learns on one acts in
+main memory, on a copy of its policy, which each rollout renews.
 """
 
 from __future__ import annotations
 
+import ctypes
+import math
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import gymnasium.spaces as spaces
 import numpy as np
@@ -18,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pgrl.compiling import compile_step
+from pgrl.native import library
 from pgrl.networks import LOG_STD_RANGE, MLP, Policy
 from pgrl.normalisers import RunningNorm
 from pgrl.q_networks import DeterministicPolicy
@@ -28,6 +32,7 @@ Array = NDArray[Any]
 # thread (`pgrl/__init__.py` asks for one, but may come too late) its BLAS would wake the others from far fewer on.
 ONE_THREAD = os.environ.get("OPENBLAS_NUM_THREADS") == "1"
 LAYER_LIMIT, CALL_LIMIT = (300_000, 4_000_000) if ONE_THREAD else (9_000, 250_000)
+CPP_LIMIT = 16  # observations in a call, beyond which numpy multiplies faster
 
 
 def tanh_(x: Array) -> None:
@@ -60,12 +65,13 @@ class Surroundings(Protocol):
 class Actor:
     """Actions of `net` for observations that `obs_norm` normalises, without gradients.
 
-    Samples are made in numpy where a call is small: an MLP of tanh or ReLU units, whose actions are one choice among K,
-    Gaussian, squashed or deterministic. They equal `net.sample` to rounding. Weights in main memory are read where they
-    lie, and looked up again where those of the last layer were moved, with which all others move; of others numpy has a
-    copy, which `take_over` renews. What torch does instead is one graph where the setting says `compiled`.
+    Samples are made by C++ or numpy where a call is small: an MLP of tanh or ReLU units, whose actions are one choice
+    among K, Gaussian, squashed or deterministic. They equal `net.sample` to rounding. Weights in main memory are read
+    where they lie, and looked up again where those of the last layer were moved, with which all others move; of others
+    there is a copy, which `take_over` renews. C++ is for settings that say `compiled`, in which what torch does instead
+    is one graph.
 
-    `device` is where `sample` takes observations and noise: that of `net`, or main memory, where numpy has a copy.
+    `device` is where `sample` takes observations and noise: that of `net`, or main memory, where there is a copy.
     """
 
     def __init__(
@@ -75,28 +81,27 @@ class Actor:
         compiled = setting is not None and setting.compiled
         self.apply: Callable[[Tensor, Tensor], Tensor] = compile_step(self.large) if compiled else self.large
         self._weight = net.policy_head.weight
-        self._rows, self._copies = self._small(), False
+        self._rows, self._copies = small_calls(net), False
         self.device = self._weight.device if setting is None else setting.device
         if setting is not None and setting.env_device.type == "cpu" and setting.env_device != self.device:
             if setting.num_envs <= self._rows and setting.obs_space.dtype != "uint8":
                 self.device, self._copies = setting.env_device, True
         if self.device.type != "cpu":
             self._rows = 0
+        self._in_cpp = False
+        if setting is not None and setting.compiled and self._rows and setting.num_envs <= CPP_LIMIT:
+            self._in_cpp = self._weight.dtype == torch.float32 and InCpp.there()
+            self._rows = CPP_LIMIT if self._in_cpp else self._rows
         if self._rows:
             self._look_up()
 
-    def _small(self) -> int:
-        """How many observations make a small call in numpy; 0 where it does not know the network."""
-        net, body = self._net, self._net.body
-        known = isinstance(net.action_space, spaces.Discrete) or net.distribution in DISTRIBUTIONS
-        if not (known and isinstance(body, MLP) and body.activation in ACTIVATIONS):
-            return 0
-        self._activate = ACTIVATIONS[body.activation]
-        widest = max(layer.weight.numel() for layer in [*body.layers, net.policy_head])
-        return CALL_LIMIT // widest if widest <= LAYER_LIMIT else 0
+    @property
+    def acts_with(self) -> str:
+        """What makes samples: C++, numpy or torch."""
+        return "C++" if self._in_cpp else "numpy" if self._rows else "torch"
 
     def take_over(self) -> None:
-        """What numpy has a copy of is out of date: the next sample has a new one."""
+        """What there is a copy of is out of date: the next sample has a new one."""
         if self._copies:
             self._place = -1
 
@@ -106,12 +111,87 @@ class Actor:
 
     def sample(self, obs: Tensor, noise: Tensor) -> Tensor:
         """Actions [B, ...] in the env's units, as `net.sample` gives them."""
-        if len(obs) > self._rows or obs.dtype != torch.float32:
+        if obs.shape[0] > self._rows or obs.dtype != torch.float32:
             where = self._weight.device
             return self.apply(obs.to(where), noise.to(where))
         if self._place != self._weight.data_ptr():  # moved, or taken over
             self._look_up()
+        return self._small(obs, noise)
 
+    def large(self, obs: Tensor, noise: Tensor) -> Tensor:
+        """What `sample` does with torch, in one graph where compiled."""
+        return self._net.sample(obs if self._obs_norm is None else self._obs_norm(obs), noise)
+
+    def _look_up(self) -> None:
+        numbers = look_up(self._net, self._obs_norm, copies if self._copies else views)
+        self._small = (InCpp if self._in_cpp else InNumpy)(self._net, numbers)
+        self._place = self._weight.data_ptr()
+
+
+def small_calls(net: Policy | DeterministicPolicy) -> int:
+    """How many observations make a small call for numpy; 0 where it does not know the network."""
+    known = isinstance(net.action_space, spaces.Discrete) or net.distribution in DISTRIBUTIONS
+    if not (known and isinstance(net.body, MLP) and net.body.activation in ACTIVATIONS):
+        return 0
+    widest = max(layer.weight.numel() for layer in [*net.body.layers, net.policy_head])
+    return CALL_LIMIT // widest if widest <= LAYER_LIMIT else 0
+
+
+def activation(net: Policy | DeterministicPolicy) -> str:
+    """The name of what follows its layers, of an MLP."""
+    assert isinstance(net.body, MLP)
+    return net.body.activation
+
+
+class Numbers(NamedTuple):
+    """What a small policy computes with, of float32; None for what it has not."""
+
+    layers: list[tuple[Array, Array]]  # weights [outputs, inputs] and biases [outputs], the head's last
+    log_std: Array | None  # [A]; None also where the head gives them, as its second half
+    affine: tuple[Array, Array] | None  # center and radius [A] of the env's units
+    norm: tuple[Array, Array, float | None] | None  # scale, shift and clip of observations
+
+
+def look_up(
+    net: Policy | DeterministicPolicy, norm: RunningNorm | None, of: Callable[[Sequence[Tensor]], list[Array]]
+) -> Numbers:
+    """The numbers of a network and its normaliser, as arrays that `of` makes of their tensors."""
+    layers = [x for layer in (*net.body.layers, net.policy_head) for x in (layer.weight, layer.bias)]
+    log_std = [] if net.log_std is None else [net.log_std]
+    affine = [net.center, net.radius] if net.affine else []
+    moments = [] if norm is None else [norm.scale, norm.shift]
+    arrays = iter(of([*layers, *log_std, *affine, *moments]))
+    return Numbers(
+        [(next(arrays), next(arrays)) for _ in range(len(layers) // 2)],
+        next(arrays) if log_std else None,
+        (next(arrays), next(arrays)) if affine else None,
+        None if norm is None else (next(arrays), next(arrays), norm.clip),
+    )
+
+
+def views(tensors: Sequence[Tensor]) -> list[Array]:
+    """The memory of tensors as arrays."""
+    return [x.detach().numpy() for x in tensors]
+
+
+def copies(tensors: Sequence[Tensor]) -> list[Array]:
+    """Arrays with what tensors of one type and device hold, by one copy."""
+    row: Array = torch.cat([x.detach().reshape(-1) for x in tensors]).cpu().numpy()
+    ends = np.cumsum([x.numel() for x in tensors])
+    return [part.reshape(x.shape) for x, part in zip(tensors, np.split(row, ends[:-1]), strict=True)]
+
+
+class InNumpy:
+    """Samples of a small policy in numpy."""
+
+    def __init__(self, net: Policy | DeterministicPolicy, numbers: Numbers) -> None:
+        self._distribution, self._log_std_init = net.distribution, net.log_std_init
+        self._activate = ACTIVATIONS[activation(net)]
+        *self._hidden, self._head = [(weight.T, bias) for weight, bias in numbers.layers]
+        _, self._log_std, self._affine, self._norm = numbers
+
+    def __call__(self, obs: Tensor, noise: Tensor) -> Tensor:
+        """Actions [B, ...] for obs [B, *obs] and noise [B, A]."""
         x: Array = obs.numpy()
         if self._norm is not None:
             scale, shift, clip = self._norm
@@ -129,13 +209,9 @@ class Actor:
         x += bias
         return torch.from_numpy(self._finish(x, noise.numpy()))
 
-    def large(self, obs: Tensor, noise: Tensor) -> Tensor:
-        """What `sample` does with torch, in one graph where compiled."""
-        return self._net.sample(obs if self._obs_norm is None else self._obs_norm(obs), noise)
-
     def _finish(self, x: Array, noise: Array) -> Array:
         """Actions of the head's output x [B, outputs], which may be written to."""
-        kind = self._net.distribution
+        kind = self._distribution
         if kind == "discrete":
             x += noise
             choice: Array = x.argmax(-1)
@@ -159,28 +235,72 @@ class Actor:
             x += center
         return x
 
-    def _look_up(self) -> None:
-        """Views, or copies, of everything `sample` computes with."""
-        net, norm = self._net, self._obs_norm
-        layers = [x for layer in (*net.body.layers, net.policy_head) for x in (layer.weight, layer.bias)]
-        log_std = [] if net.log_std is None else [net.log_std]
-        affine = [net.center, net.radius] if net.affine else []
-        moments = [] if norm is None else [norm.scale, norm.shift]
-        arrays = iter((copies if self._copies else views)([*layers, *log_std, *affine, *moments]))
-        *self._hidden, self._head = [(next(arrays).T, next(arrays)) for _ in range(len(layers) // 2)]
-        self._log_std, self._log_std_init = next(arrays) if log_std else None, net.log_std_init
-        self._affine = (next(arrays), next(arrays)) if affine else None
-        self._norm = None if norm is None else (next(arrays), next(arrays), norm.clip)
-        self._place = self._weight.data_ptr()
+
+# The structs of acting.cpp, and its numbers for activations and distributions.
+LAYER = np.dtype([("inputs", "i8"), ("outputs", "i8"), ("weight", "u8"), ("bias", "u8")])
+POLICY = np.dtype(
+    [
+        *[(name, "i8") for name in ("count", "layers", "activation", "kind", "actions")],
+        *[(name, "u8") for name in ("scale", "shift")],
+        *[(name, "f4") for name in ("clip", "log_std_init", "log_std_low", "log_std_high")],
+        *[(name, "u8") for name in ("log_std", "center", "radius", "scratch", "other_scratch")],
+    ]
+)
 
 
-def views(tensors: Sequence[Tensor]) -> list[Array]:
-    """The memory of tensors as arrays."""
-    return [x.detach().numpy() for x in tensors]
+class InCpp:
+    """Samples of a small policy by one call of acting.cpp."""
+
+    _sample: ClassVar[Any]
+
+    @classmethod
+    def there(cls) -> bool:
+        """Whether acting.cpp can be built here."""
+        found = library("acting")
+        if found is None:
+            return False
+        cls._sample = found.pgrl_sample
+        cls._sample.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
+        cls._sample.restype = None
+        return True
+
+    def __init__(self, net: Policy | DeterministicPolicy, numbers: Numbers) -> None:
+        layers, log_std, affine, norm = numbers
+        self._choice = net.distribution == "discrete"
+        self._layers = np.array([(w.shape[1], w.shape[0], place(w), place(b)) for w, b in layers], LAYER)
+        self._scratch = np.empty((2, max(max(w.shape) for w, _ in layers)), np.float32)
+        self._numbers = numbers  # kept, for only their places are known to the policy
+        scale, shift, clip = norm or (None, None, None)
+        center, radius = affine or (None, None)
+        self._policy = np.array(
+            (
+                len(layers),
+                place(self._layers),
+                list(ACTIVATIONS).index(activation(net)),
+                ("discrete", *DISTRIBUTIONS).index(net.distribution),
+                net.actions,
+                place(scale),
+                place(shift),
+                math.inf if clip is None else clip,
+                net.log_std_init,
+                *LOG_STD_RANGE,
+                place(log_std),
+                place(center),
+                place(radius),
+                *map(place, self._scratch),
+            ),
+            POLICY,
+        )
+        self._place = place(self._policy)
+
+    def __call__(self, obs: Tensor, noise: Tensor) -> Tensor:
+        """Actions [B, ...] for obs [B, *obs] and noise [B, A]."""
+        rows, obs, noise = obs.shape[0], obs.contiguous(), noise.contiguous()
+        action = torch.empty(rows, dtype=torch.int64) if self._choice else torch.empty_like(noise)
+        InCpp._sample(self._place, rows, obs.data_ptr(), noise.data_ptr(), action.data_ptr())
+        return action
 
 
-def copies(tensors: Sequence[Tensor]) -> list[Array]:
-    """Arrays with what tensors of one type and device hold, by one copy."""
-    row: Array = torch.cat([x.detach().reshape(-1) for x in tensors]).cpu().numpy()
-    ends = np.cumsum([x.numel() for x in tensors])
-    return [part.reshape(x.shape) for x, part in zip(tensors, np.split(row, ends[:-1]), strict=True)]
+def place(x: Array | None) -> int:
+    """Where an array lies in memory; 0 for none."""
+    return 0 if x is None else int(x.ctypes.data)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from pgrl.native import cache_folder
 
 T = TypeVar("T")
 
@@ -124,8 +125,5 @@ def signature(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def keep_graphs() -> None:
     """Let inductor keep what it compiles in the user's cache folder; its own one is lost when the machine restarts."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pgrl" / "inductor"
-    with suppress(OSError, RuntimeError):  # no folder can be made there, or no home is known
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    if folder := cache_folder("inductor"):
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))

@@ -146,6 +146,7 @@ def made_with(agent: Agent) -> dict[str, Any]:
         "numpy's threads": blas,
         "device": str(agent.device),
         "acts on": str(agent.act_device),
+        "acts with": "torch" if agent.actor is None else agent.actor.acts_with,
         "processor": kind,
     }
 

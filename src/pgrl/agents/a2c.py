@@ -76,7 +76,7 @@ class A2C(Agent):
         self.whole_step = compile_step(self.step_with_targets) if whole else self.step_with_targets
 
     def act(self, obs: Tensor, explore: bool = True) -> Tensor:
-        return self.actor.sample(obs, self.noise.next(len(obs))) if explore else self.actor.mode(obs)
+        return self.actor.sample(obs, self.noise.next(obs.shape[0])) if explore else self.actor.mode(obs)
 
     def update(self, rollout: Transition, progress: float) -> dict[str, Tensor]:
         return self.learn(rollout, *self.schedules(progress))

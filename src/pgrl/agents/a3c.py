@@ -104,7 +104,7 @@ class A3C(Agent):
         self.actor = Actor(self.net, self.obs_norm)
 
     def act(self, obs: Tensor, explore: bool = True) -> Tensor:
-        return self.actor.sample(obs, self.noise.next(len(obs))) if explore else self.actor.mode(obs)
+        return self.actor.sample(obs, self.noise.next(obs.shape[0])) if explore else self.actor.mode(obs)
 
     def update(self, rollout: Transition, progress: float) -> dict[str, Tensor]:
         config, raw_obs = self.config, rollout.obs

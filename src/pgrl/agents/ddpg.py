@@ -87,7 +87,7 @@ class DDPG(Agent):
     def act(self, obs: Tensor, explore: bool = True) -> Tensor:
         if explore and self.buffer.count < self.config.learning_starts:
             return random_actions(self.action_space, len(obs), self.random)
-        return self.actor.sample(obs, self.next_noise(len(obs))) if explore else self.actor.mode(obs)
+        return self.actor.sample(obs, self.next_noise(obs.shape[0])) if explore else self.actor.mode(obs)
 
     def draw_noise(self, shape: tuple[int, ...], generator: Generator) -> Tensor:
         """Normal noise of `noise_std` for `shape` actions."""

@@ -91,7 +91,7 @@ class DPG(Agent):
     def act(self, obs: Tensor, explore: bool = True) -> Tensor:
         action = self.net(obs)
         if explore:
-            action = action + self.config.noise_std * self.noise.next(len(obs))
+            action = action + self.config.noise_std * self.noise.next(obs.shape[0])
         return action.clamp(self.net.low, self.net.high)  # type: ignore[no-any-return]
 
     @torch.no_grad()

@@ -120,7 +120,7 @@ class PPO(Agent):
         self.to_parts = compile_step(self.make_parts) if setting.compiled else self.make_parts
 
     def act(self, obs: Tensor, explore: bool = True) -> Tensor:
-        return self.actor.sample(obs, self.noise.next(len(obs))) if explore else self.actor.mode(obs)
+        return self.actor.sample(obs, self.noise.next(obs.shape[0])) if explore else self.actor.mode(obs)
 
     def update(self, rollout: Transition, progress: float) -> dict[str, Tensor]:
         return self.learn(rollout, *self.schedules(progress))

@@ -110,7 +110,7 @@ class SAC(Agent):
     def act(self, obs: Tensor, explore: bool = True) -> Tensor:
         if explore and self.buffer.count < self.config.learning_starts:
             return random_actions(self.action_space, len(obs), self.random)
-        return self.actor.sample(obs, self.next_noise(len(obs))) if explore else self.actor.mode(obs)
+        return self.actor.sample(obs, self.next_noise(obs.shape[0])) if explore else self.actor.mode(obs)
 
     def next_noise(self, num_envs: int) -> Tensor:
         """Noise for actions: standard normal; with `noise_correlation` an autoregressive process of that variance."""

@@ -59,7 +59,7 @@ class TRPO(Agent):
         self.updates = torch.zeros((), dtype=torch.int64)
 
     def act(self, obs: Tensor, explore: bool = True) -> Tensor:
-        return self.actor.sample(obs, self.noise.next(len(obs))) if explore else self.actor.mode(obs)
+        return self.actor.sample(obs, self.noise.next(obs.shape[0])) if explore else self.actor.mode(obs)
 
     def update(self, rollout: Transition, progress: float) -> dict[str, Tensor]:
         config, raw_obs = self.config, rollout.obs

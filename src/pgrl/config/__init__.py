@@ -30,6 +30,7 @@ from pgrl.config.composition import key_of, values_of
 from pgrl.config.folders import is_run, load_run, new_run_dir, newest_runs, read_run, read_status, save_config
 from pgrl.config.schema import EvaluateConfig, RunConfig, config_dir
 from pgrl.errors import NonFiniteError, UserError
+from pgrl.native import compilers
 from pgrl.signals import Stop
 
 __all__ = [
@@ -255,7 +256,7 @@ def resumed(config: RunConfig, given: dict[str, str]) -> RunConfig:
     problems = [*checks.wrong_values(run, keys), *checks.wrong_asynchronous(run), *checks.wrong_capture(run)]
     problems += checks.wrong_processes(run)
     problems += checks.wrong_env(run.env.id, run.env.backend)
-    if run.compile is True and not checks.has_compiler():
+    if run.compile is True and not compilers():
         why = "the run's steps are compiled, and there is no C++ compiler, g++ or clang++: eager ones round differently"
         problems.append(Problem("compile", True, why, command="apt-get install g++"))
     problems += [] if any(p.key == "device" for p in problems) else checks.wrong_device(run.device)

@@ -9,7 +9,6 @@ import math
 import os
 import re
 import shlex
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,6 +17,7 @@ from pgrl.config import schema
 from pgrl.config.capturing import obstacles
 from pgrl.config.folders import is_run, read_status
 from pgrl.files import is_unused
+from pgrl.native import compilers
 
 if TYPE_CHECKING:
     from pgrl.config.schema import RunConfig
@@ -413,14 +413,9 @@ def wrong_device(device: str) -> Iterator[Problem]:
     yield Problem("device", device, f"CUDA is not available: {why}", ("device=cpu",))
 
 
-def has_compiler() -> bool:
-    """Whether there is a C++ compiler."""
-    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
-
-
 def wrong_compile() -> Iterator[Problem]:
     """Compilation without a compiler."""
-    if not has_compiler():
+    if not compilers():
         yield Problem("compile", True, "needs a C++ compiler, g++ or clang++, and there is none", ("compile=false",))
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pgrl.config import schema
-from pgrl.config.checks import has_compiler, values_states
+from pgrl.config.checks import values_states
+from pgrl.native import compilers
 
 if TYPE_CHECKING:
     from pgrl.config.schema import RunConfig
@@ -45,6 +46,6 @@ def decide_compile(config: RunConfig) -> tuple[bool, str]:
         return False, f"not compiled: how many gradient steps repay it on {config.device} was not measured"
     if steps < enough:
         return False, f"not compiled, for {steps:,} gradient steps would not repay it; {enough:,} would"
-    if not has_compiler():
+    if not compilers():
         return False, "not compiled: there is no C++ compiler, g++ or clang++, with which this run would be faster"
     return True, f"compiled, for {steps:,} gradient steps repay it; the first waits for the compiler"

@@ -14,7 +14,8 @@ from torch import Tensor
 from pgrl.data import Step
 from pgrl.envs.base import EnvConfig, Episodes, episode_seed, new_step
 from pgrl.envs.make import make, peel
-from pgrl.envs.spaces import ToEnv, obs_rows, quicken, to_row
+from pgrl.envs.quick import quicken
+from pgrl.envs.spaces import ToEnv, obs_rows, to_row
 
 
 class GymnasiumVecEnv:
@@ -34,8 +35,7 @@ class GymnasiumVecEnv:
         self._id, self._seed, self._first, self._of = config.id, seed, first, of or num_envs
         peeled = [peel(env) for env in make(config, num_envs)]
         self._envs, self._limit = [env for env, _ in peeled], peeled[0][1]
-        for env in self._envs:
-            quicken(env.unwrapped.action_space)
+        quicken(self._envs)
         space, self.action_space = self._envs[0].observation_space, self._envs[0].action_space
         self.obs_space, self._to_row = obs_rows(config.id, space), to_row(space)
         self._to_env = ToEnv(config.id, self.action_space, num_envs)

@@ -49,19 +49,6 @@ def to_row(space: spaces.Space[Any]) -> Callable[[Any], Any] | None:
     return None if isinstance(space, spaces.Box) else partial(spaces.flatten, space)
 
 
-class Choice(spaces.Discrete):
-    """Discrete that tells quickly whether it has an int: envs that ask at every step spend a quarter of it on that."""
-
-    def contains(self, x: Any) -> bool:
-        return bool(self.start <= x < self.start + self.n) if type(x) is int else super().contains(x)
-
-
-def quicken(space: spaces.Space[Any]) -> None:
-    """Make an env's own Discrete space a `Choice`; it stays the same object, equal to what it was."""
-    if type(space) is spaces.Discrete:
-        space.__class__ = Choice
-
-
 class ToEnv:
     """Turns an agent's actions into an env's; UserError if the space of these is not supported.
 
@@ -87,12 +74,14 @@ class ToEnv:
             low, high = space.low, space.high
             if self._whole:  # float64 cannot tell larger whole numbers apart
                 low, high = (np.clip(x.astype(np.float64), -(2.0**53), 2.0**53) for x in (low, high))
-            self._bounds = low, high
+            # as many as actions: to spread them out in each call would cost as much as to compare
+            self._bounds = tuple(np.broadcast_to(x, self.shape).copy() for x in (low, high))  # type: ignore[assignment]
 
     def __call__(self, action: Tensor) -> NDArray[Any]:
         """The env's actions [B, *action] for an agent's [B, ...]."""
         x: NDArray[Any] = action.numpy() if action.is_cpu else action.cpu().numpy()
-        x = x.reshape(self.shape)
+        if x.shape != self.shape:
+            x = x.reshape(self.shape)
         if self._bounds is not None:
             low, high = self._bounds
             x = np.minimum(np.maximum(x, low), high)  # np.clip costs twice as much
@@ -100,4 +89,4 @@ class ToEnv:
                 x = np.rint(x)
         elif not self.discrete or self._start:
             x = x + self._start
-        return x.astype(self.dtype, copy=False)
+        return x if x.dtype == self.dtype else x.astype(self.dtype)

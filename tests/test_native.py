@@ -1,0 +1,61 @@
+"""C++ beside the package's Python: built once, in a folder of the user's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pgrl import native
+
+
+@pytest.fixture(autouse=True)
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if not native.compilers():
+        pytest.skip("needs a C++ compiler")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native.library.cache_clear()
+    yield
+    native.library.cache_clear()
+
+
+def test_a_library_is_built_once_and_again_where_its_source_or_flags_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = tmp_path / "pgrl" / "native"
+    assert native.library("acting") is not None
+    (first,) = built.iterdir()
+    stamp = first.stat().st_mtime_ns
+    native.library.cache_clear()
+    assert native.library("acting") is not None
+    assert [p.stat().st_mtime_ns for p in built.iterdir()] == [stamp]
+    native.library.cache_clear()
+    monkeypatch.setattr(native, "FLAGS", [*native.FLAGS, "-DOTHER"])
+    assert native.library("acting") is not None
+    assert len(list(built.iterdir())) == 2
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")
+def test_without_a_folder_it_is_built_elsewhere(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    try:
+        assert native.library("acting") is not None
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def test_a_folder_that_cannot_be_made_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert native.cache_folder("native") is None
+    assert native.library("acting") is not None
+
+
+def test_what_does_not_compile_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "FLAGS", ["-no-such-flag"])
+    assert native.library("acting") is None
+    native.library.cache_clear()
+    monkeypatch.undo()
+    assert native.library("no such source") is None
