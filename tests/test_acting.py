@@ -59,15 +59,17 @@ def setting(net: Policy | DeterministicPolicy, **named: Any) -> Setting:
 
 
 @pytest.fixture(params=["numpy", "C++"])
-def way(request: pytest.FixtureRequest) -> str:
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "C++" and not compilers():
         pytest.skip("needs a C++ compiler")
+    if request.param == "numpy":
+        monkeypatch.setattr("pgrl.acting.CPP_ROWS", 0)
     return request.param
 
 
 def actor_of(net: Policy | DeterministicPolicy, norm: RunningNorm | None, way: str) -> Actor:
     """An actor that samples small calls in this way."""
-    actor = Actor(net, norm, setting(net, compiled=way == "C++"))
+    actor = Actor(net, norm)
     assert actor.acts_with == way
     return actor
 
@@ -191,7 +193,7 @@ def test_what_is_not_finite_stays_so(way: str) -> None:
 def test_calls_of_more_observations_than_cpp_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """An actor whose envs are more leaves them to numpy; where others ask for more it is torch, as without envs."""
     _, net, norm = make()
-    many = setting(net, compiled=True)
+    many = setting(net)
     many.num_envs = 17
     assert Actor(net, norm, many).acts_with == "numpy"
     many.num_envs = 16
@@ -201,7 +203,7 @@ def test_calls_of_more_observations_than_cpp_is_for(monkeypatch: pytest.MonkeyPa
     assert not compilers() or actor.sample(*inputs(net, 17)) == 17
 
 
-@pytest.mark.parametrize("why", ["double precision", "eager", "no compiler", "it fails"])
+@pytest.mark.parametrize("why", ["double precision", "no compiler", "it fails"])
 def test_where_there_is_no_cpp_it_is_numpy(why: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     _, net, norm = make(normalised=False)
     library.cache_clear()
@@ -213,8 +215,7 @@ def test_where_there_is_no_cpp_it_is_numpy(why: str, monkeypatch: pytest.MonkeyP
         monkeypatch.delenv("CXX", raising=False)
     elif why == "it fails":
         monkeypatch.setattr("pgrl.native.FLAGS", ["--no-such-flag"])
-    actor = Actor(net, norm, setting(net, compiled=why != "eager"))
-    assert actor.acts_with == "numpy"
+    assert Actor(net, norm).acts_with == "numpy"
     library.cache_clear()
 
 

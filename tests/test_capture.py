@@ -112,10 +112,11 @@ def on_tape(call: Callable[[], None], found: Sequence[Generator], device: torch.
 
 
 def use_tape(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Capture on the CPU with the stand-in, and leave nothing to numpy or to what asks for values, as on a GPU."""
+    """Capture on the CPU with the stand-in, and leave nothing to C++, numpy or to what asks for values, as on a GPU."""
     monkeypatch.setattr(capture, "record", on_tape)
     monkeypatch.setattr(Rollout, "put", lambda self, t, action: self._actions[t].copy_(action))
     monkeypatch.setattr("pgrl.acting.LAYER_LIMIT", 0)
+    monkeypatch.setattr("pgrl.acting.CPP_LAYER_LIMIT", 0)
     monkeypatch.setattr(on_policy_module, "values", lambda net, norm, rollout, _: all_values(net, norm, rollout))
 
 

@@ -500,3 +500,4 @@ def test_q_loss_is_its_definition() -> None:
     q, target, weight = (torch.randn(*shape, generator=random) for shape in ((2, 5), (5,), (5,)))
     errors = [sum(float(weight[n]) * float(q[k, n] - target[n]) ** 2 / 2 for n in range(5)) / 5 for k in range(2)]
     assert float(F.q_loss(q, target, weight)) == pytest.approx(sum(errors), rel=1e-5)
+    torch.testing.assert_close(F.q_loss(q, target), F.q_loss(q, target, torch.ones(5)))

@@ -1,7 +1,8 @@
 """What acting, collecting and learning ask of torch, counted: a loss of speed is seen without a clock.
 
-Where networks are small, time goes with the number of torch's operations rather than with their arithmetic. What numpy
-does in main memory is not seen, as in acting and in the replay buffer, where torch does the same on a GPU, and waits.
+Where networks are small, time goes with the number of torch's operations rather than with their arithmetic. What C++
+and numpy do in main memory is not seen, as in acting and in the replay buffer, where torch does the same on a GPU, and
+waits.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from pgrl.agents import AGENTS, Agent, Setting
 from pgrl.config.schema import ALGOS
 from pgrl.data import Rollout, Transition
 from pgrl.envs import EnvConfig, VecEnv, make_vec
+from pgrl.native import compilers
 from pgrl.train import collect
 
 
 class Counts(NamedTuple):
     """Of an algorithm with 2 envs and rollouts of 8 steps, whose episodes all end after 4 steps by the clock."""
 
-    act: int  # operations of torch in a step of acting; 3: the way to numpy and back, in which it acts
+    act: int  # operations of torch in a step of acting; 1: room for the actions, which are made in C++
     collect: int  # operations that take new memory, in a rollout after the first
     update: int  # operations in an update of two gradient steps, or in one that has no number of them to choose
     step: int  # operations in each further gradient step, the sampling of its batch among them; 0: there is none
@@ -36,16 +38,16 @@ class Counts(NamedTuple):
 # The accepted counts, of the version of torch in constraints.txt. A lower count is put here; a higher one needs a
 # reason, which its commit tells.
 ACCEPTED = {
-    "a2c": Counts(act=3, collect=1, update=224, step=0, waits=1),
-    "a3c": Counts(act=3, collect=1, update=224, step=0, waits=1),
-    "ddpg": Counts(act=3, collect=0, update=485, step=215, waits=6),
+    "a2c": Counts(act=1, collect=1, update=224, step=0, waits=1),
+    "a3c": Counts(act=1, collect=1, update=224, step=0, waits=1),
+    "ddpg": Counts(act=1, collect=0, update=461, step=203, waits=6),
     "dpg": Counts(act=5, collect=33, update=88, step=0, waits=0),
-    "npg": Counts(act=3, collect=1, update=1733, step=55, waits=22),
-    "ppo": Counts(act=3, collect=1, update=529, step=203, waits=1),
-    "reinforce": Counts(act=3, collect=1, update=320, step=55, waits=2),
-    "sac": Counts(act=3, collect=0, update=673, step=306, waits=6),
-    "trpo": Counts(act=3, collect=1, update=1739, step=55, waits=25),
-    "sac, discrete": Counts(act=3, collect=0, update=521, step=230, waits=6),
+    "npg": Counts(act=1, collect=1, update=1733, step=55, waits=22),
+    "ppo": Counts(act=1, collect=1, update=529, step=203, waits=1),
+    "reinforce": Counts(act=1, collect=1, update=320, step=55, waits=2),
+    "sac": Counts(act=1, collect=0, update=649, step=294, waits=6),
+    "trpo": Counts(act=1, collect=1, update=1739, step=55, waits=25),
+    "sac, discrete": Counts(act=1, collect=0, update=497, step=218, waits=6),
 }
 DISCRETE = "sac, discrete"
 
@@ -151,7 +153,10 @@ def test_no_algorithm_asks_more_of_torch(algo: str) -> None:
     lines += [f"    {what}: {dict(sorted(count.operations.items()))}" for what, count in details.items()]
     lines += [f"    of collect, with new memory: {dict(sorted(details['collect'].allocations.items()))}"]
     lines += [f"    of update, with a wait: {dict(sorted(details['update'].waits.items()))}"]
-    assert found == ACCEPTED.get(algo), "\n".join(lines)
+    accepted = ACCEPTED.get(algo)
+    if accepted is not None and accepted.act == 1 and not compilers():
+        accepted = accepted._replace(act=3)  # the way to numpy and back
+    assert found == accepted, "\n".join(lines)
 
 
 @pytest.mark.parametrize("algo", [*ALGOS, DISCRETE])

@@ -32,7 +32,8 @@ Array = NDArray[Any]
 # thread (`pgrl/__init__.py` asks for one, but may come too late) its BLAS would wake the others from far fewer on.
 ONE_THREAD = os.environ.get("OPENBLAS_NUM_THREADS") == "1"
 LAYER_LIMIT, CALL_LIMIT = (300_000, 4_000_000) if ONE_THREAD else (9_000, 250_000)
-CPP_LIMIT = 16  # observations in a call, beyond which numpy multiplies faster
+# And C++, which multiplies for one observation after another, beyond so many weights, and observations in a call.
+CPP_LAYER_LIMIT, CPP_ROWS = 300_000, 16
 
 
 def tanh_(x: Array) -> None:
@@ -65,11 +66,11 @@ class Surroundings(Protocol):
 class Actor:
     """Actions of `net` for observations that `obs_norm` normalises, without gradients.
 
-    Samples are made by C++ or numpy where a call is small: an MLP of tanh or ReLU units, whose actions are one choice
+    Samples are made by C++, or numpy, where a call is small: an MLP of tanh or ReLU units, whose actions are one choice
     among K, Gaussian, squashed or deterministic. They equal `net.sample` to rounding. Weights in main memory are read
     where they lie, and looked up again where those of the last layer were moved, with which all others move; of others
-    there is a copy, which `take_over` renews. C++ is for settings that say `compiled`, in which what torch does instead
-    is one graph.
+    there is a copy, which `take_over` renews. What torch does instead is one graph where the setting says `compiled`.
+    Numpy is for more envs than C++ is good for, and where there is no compiler.
 
     `device` is where `sample` takes observations and noise: that of `net`, or main memory, where there is a copy.
     """
@@ -81,24 +82,23 @@ class Actor:
         compiled = setting is not None and setting.compiled
         self.apply: Callable[[Tensor, Tensor], Tensor] = compile_step(self.large) if compiled else self.large
         self._weight = net.policy_head.weight
-        self._rows, self._copies = small_calls(net), False
+        num_envs = 1 if setting is None else setting.num_envs
+        in_cpp, in_numpy = small_calls(net)
+        self._in_cpp = num_envs <= in_cpp and InCpp.there()
+        self._rows, self._copies = in_cpp if self._in_cpp else in_numpy, False
         self.device = self._weight.device if setting is None else setting.device
         if setting is not None and setting.env_device.type == "cpu" and setting.env_device != self.device:
-            if setting.num_envs <= self._rows and setting.obs_space.dtype != "uint8":
+            if num_envs <= self._rows and setting.obs_space.dtype != "uint8":
                 self.device, self._copies = setting.env_device, True
         if self.device.type != "cpu":
             self._rows = 0
-        self._in_cpp = False
-        if setting is not None and setting.compiled and self._rows and setting.num_envs <= CPP_LIMIT:
-            self._in_cpp = self._weight.dtype == torch.float32 and InCpp.there()
-            self._rows = CPP_LIMIT if self._in_cpp else self._rows
         if self._rows:
             self._look_up()
 
     @property
     def acts_with(self) -> str:
         """What makes samples: C++, numpy or torch."""
-        return "C++" if self._in_cpp else "numpy" if self._rows else "torch"
+        return "torch" if not self._rows else "C++" if self._in_cpp else "numpy"
 
     def take_over(self) -> None:
         """What there is a copy of is out of date: the next sample has a new one."""
@@ -128,13 +128,14 @@ class Actor:
         self._place = self._weight.data_ptr()
 
 
-def small_calls(net: Policy | DeterministicPolicy) -> int:
-    """How many observations make a small call for numpy; 0 where it does not know the network."""
+def small_calls(net: Policy | DeterministicPolicy) -> tuple[int, int]:
+    """How many observations make a small call for C++ and for numpy; 0 where these do not know the network."""
     known = isinstance(net.action_space, spaces.Discrete) or net.distribution in DISTRIBUTIONS
     if not (known and isinstance(net.body, MLP) and net.body.activation in ACTIVATIONS):
-        return 0
+        return 0, 0
     widest = max(layer.weight.numel() for layer in [*net.body.layers, net.policy_head])
-    return CALL_LIMIT // widest if widest <= LAYER_LIMIT else 0
+    in_cpp = widest <= CPP_LAYER_LIMIT and net.policy_head.weight.dtype == torch.float32
+    return CPP_ROWS if in_cpp else 0, CALL_LIMIT // widest if widest <= LAYER_LIMIT else 0
 
 
 def activation(net: Policy | DeterministicPolicy) -> str:
@@ -291,13 +292,13 @@ class InCpp:
             ),
             POLICY,
         )
-        self._place = place(self._policy)
+        self._at = place(self._policy)
 
     def __call__(self, obs: Tensor, noise: Tensor) -> Tensor:
         """Actions [B, ...] for obs [B, *obs] and noise [B, A]."""
         rows, obs, noise = obs.shape[0], obs.contiguous(), noise.contiguous()
-        action = torch.empty(rows, dtype=torch.int64) if self._choice else torch.empty_like(noise)
-        InCpp._sample(self._place, rows, obs.data_ptr(), noise.data_ptr(), action.data_ptr())
+        action = torch.from_numpy(np.empty(rows, np.int64) if self._choice else np.empty(noise.shape, np.float32))
+        InCpp._sample(self._at, rows, obs.data_ptr(), noise.data_ptr(), action.data_ptr())
         return action
 
 

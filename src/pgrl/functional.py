@@ -263,11 +263,13 @@ def explained_variance(value: Tensor, returns: Tensor) -> Tensor:
     return 1.0 - (returns - value).var(correction=0) / (returns.var(correction=0) + 1e-8)
 
 
-def q_loss(q: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """The sum over critics of half the weighted mean squared error: q [K, N], target and weight [N] -> [].
+def q_loss(q: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """The sum over critics of half the mean squared error, weighted or not: q [K, N], target and weight [N] -> [].
 
     Haarnoja et al. 2018 (arXiv 1812.05905), equation 5; weights of prioritised replay: Schaul et al. 2016 (1511.05952).
     """
+    if weight is None:
+        return 0.5 * len(q) * F.mse_loss(q, target.expand_as(q))
     return 0.5 * (weight * (q - target).square()).mean(-1).sum()
 
 

@@ -13,7 +13,6 @@ import gymnasium.spaces as spaces
 import torch
 from torch import Generator, Tensor
 
-from pgrl import functional
 from pgrl.acting import Actor
 from pgrl.agents.base import Agent, Setting, generator
 from pgrl.agents.off_policy import (
@@ -21,6 +20,7 @@ from pgrl.agents.off_policy import (
     CriticBatch,
     OffPolicyConfig,
     Target,
+    bellman_error,
     draw,
     gradient_step,
     make_buffer,
@@ -146,8 +146,7 @@ class DDPG(Agent):
                 action = (action + (self.config.target_noise * batch.noise).clamp(-bound, bound)).clamp(-1.0, 1.0)
             target = batch.reward + batch.discount * self.target_critics.forward(batch.next_obs, action).amin(0)
         q = self.critics.forward(batch.obs, batch.action)
-        loss = functional.q_loss(q, target, batch.weight)
-        return loss, (loss, q.mean(), (q - target).abs().mean(0))
+        return bellman_error(self.config, batch, q, target)
 
     def actor_loss(self, obs: Tensor, _: tuple[()]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """-E[Q(s, mu(s))], equation 6, by the first critic."""

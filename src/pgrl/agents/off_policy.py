@@ -11,6 +11,7 @@ import gymnasium.spaces as spaces
 import torch
 from torch import Generator, Tensor, nn
 
+from pgrl import functional
 from pgrl.agents.base import Setting, generator
 from pgrl.flat import FlatParameters
 from pgrl.normalisers import RunningNorm
@@ -115,6 +116,20 @@ def draw(
     action = policy.to_policy_units(sample.action)
     noise = action.new_empty(0) if draws is None else policy.noise((config.batch_size,), draws)
     return CriticBatch(obs, action, sample.reward, next_obs, sample.discount, sample.weight, noise), sample.index
+
+
+def bellman_error(
+    config: OffPolicyConfig, batch: CriticBatch, q: Tensor, target: Tensor
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """The loss [] of critics that say q [K, N] for target [N], and metrics: itself, mean Q, and TD errors [N].
+
+    These are for priorities; [0] without.
+    """
+    if config.per_alpha is None:
+        loss = functional.q_loss(q, target)
+        return loss, (loss, q.mean(), loss.new_empty(0))
+    loss = functional.q_loss(q, target, batch.weight)
+    return loss, (loss, q.mean(), (q - target).abs().mean(0))
 
 
 def gradient_step(config: OffPolicyConfig, loss: Loss, net: nn.Module) -> GradientStep:

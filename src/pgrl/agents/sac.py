@@ -24,6 +24,7 @@ from pgrl.agents.off_policy import (
     CriticBatch,
     OffPolicyConfig,
     Target,
+    bellman_error,
     draw,
     gradient_step,
     make_buffer,
@@ -167,8 +168,7 @@ class SAC(Agent):
         with torch.no_grad():
             target = batch.reward + batch.discount * self.next_value(batch, alpha)
         q = self.critics.forward(batch.obs, batch.action)
-        loss = functional.q_loss(q, target, batch.weight)
-        return loss, (loss, q.mean(), (q - target).abs().mean(0))
+        return bellman_error(self.config, batch, q, target)
 
     def next_value(self, batch: CriticBatch, alpha: Tensor) -> Tensor:
         """V(s') [N] of the present policy and the target critics: equation 3."""
