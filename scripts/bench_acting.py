@@ -1,9 +1,9 @@
-"""What acting in numpy saves while rollouts are collected: `pgrl.acting.Actor` beside the network itself.
+"""What acting in C++ and in numpy saves while rollouts are collected: `pgrl.acting.Actor` beside the network itself.
 
     python scripts/bench_acting.py [--rollouts 76]
 
-One thread; the two ways take turns, a rollout of 256 env steps each, in the same envs. Figures are medians over
-rollouts, and the ratio's median and deciles over pairs of rollouts that follow each other.
+One thread; the three ways take turns, a rollout of 256 env steps each, in the same envs. Figures are medians over
+rollouts, and each ratio's median and deciles over rollouts that follow each other.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import pgrl.acting
 from bench_peers import processor
 from pgrl.config import compose
 from pgrl.data import Rollout
@@ -29,34 +30,47 @@ WORKLOADS = {
 }
 
 
-class Through:
-    """An agent that acts through its network, as it would without its actor."""
+WAYS = ("network", "numpy", "C++")
 
-    def __init__(self, agent: Any) -> None:
+
+class Acting:
+    """An agent that acts in one of the ways, as it would if there were no other."""
+
+    def __init__(self, agent: Any, way: str) -> None:
         self.agent, self.act_device, self.update_device = agent, agent.act_device, agent.update_device
+        rows, pgrl.acting.CPP_ROWS = pgrl.acting.CPP_ROWS, rows_of(way)
+        actor = pgrl.acting.Actor(agent.net, agent.obs_norm)
+        pgrl.acting.CPP_ROWS = rows
+        self.sample = actor.large if way == "network" else actor.sample
+        if way != "network" and actor.acts_with != way:
+            raise SystemExit(f"{way} is not what acts here: {actor.acts_with} does")
 
     def act(self, obs: Tensor) -> Tensor:
-        agent = self.agent
-        obs = obs if agent.obs_norm is None else agent.obs_norm(obs)
-        action: Tensor = agent.net.sample(obs, agent.noise.next(len(obs)))
+        action: Tensor = self.sample(obs, self.agent.noise.next(len(obs)))
         return action
 
 
-def measure(command: str, rollouts: int) -> tuple[list[float], list[float]]:
-    """CPU microseconds of a step of all envs, for each rollout: through the network, and through the actor."""
+def rows_of(way: str) -> int:
+    """For `pgrl.acting.CPP_ROWS`: observations in a call, up to which C++ makes actions."""
+    return pgrl.acting.CPP_ROWS if way == "C++" else 0
+
+
+def measure(command: str, rollouts: int) -> dict[str, list[float]]:
+    """CPU microseconds of a step of all envs, for each rollout, in each way."""
     config = compose(f"{command} algo.num_minibatches=16".split())
     run = build(config)
     agent: Any = run.agent
     rollout = Rollout(agent.num_steps, config.num_envs, run.env.obs_space, run.env.action_space, run.env.device)
-    obs, spent = run.env.reset(), ([], [])  # type: tuple[Tensor, tuple[list[float], list[float]]]
+    acting = {way: Acting(agent, way) for way in WAYS}
+    obs, spent = run.env.reset(), {way: list[float]() for way in WAYS}
     for _ in range(rollouts + 4):
-        for way, times in zip((Through(agent), agent), spent, strict=True):
+        for way, times in spent.items():
             start = time.process_time()
-            collect(run.env, way, rollout, obs, torch.device("cpu"))  # type: ignore[arg-type]
+            collect(run.env, acting[way], rollout, obs, torch.device("cpu"))  # type: ignore[arg-type]
             times.append((time.process_time() - start) / agent.num_steps * 1e6)
             obs = rollout.obs[-1]
     run.env.close()
-    return spent[0][4:], spent[1][4:]
+    return {way: times[4:] for way, times in spent.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,13 +80,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     print(f"{processor()}, torch {torch.__version__}, microseconds a step of all envs")
     for name, command in WORKLOADS.items():
-        network, actor = measure(command, options.rollouts)
-        ratios = [a / b for a, b in zip(network, actor, strict=True)]
-        low, *_, high = statistics.quantiles(ratios, n=10) if len(ratios) > 1 else ratios * 2
-        print(
-            f"{name:36} network {statistics.median(network):5.0f}   actor {statistics.median(actor):5.0f}   "
-            f"ratio {statistics.median(ratios):.2f} [{low:.2f}, {high:.2f}]"
-        )
+        spent = measure(command, options.rollouts)
+        texts = [f"network {statistics.median(spent['network']):5.0f}"]
+        for way in WAYS[1:]:
+            ratios = [a / b for a, b in zip(spent["network"], spent[way], strict=True)]
+            low, *_, high = statistics.quantiles(ratios, n=10) if len(ratios) > 1 else ratios * 2
+            median, ratio = statistics.median(spent[way]), statistics.median(ratios)
+            texts.append(f"{way} {median:5.0f}  ratio {ratio:.2f} [{low:.2f}, {high:.2f}]")
+        print(f"{name:36} {'   '.join(texts)}")
     return 0
 
 

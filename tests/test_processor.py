@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pgrl import processor
-from pgrl.processor import LARGE, MATMUL, multiplies_with, onednn_is_faster, set_up
+from pgrl.processor import LARGE, MATMUL, large_products, multiplies_with, onednn_is_faster, set_up
 
 CPU = torch.device("cpu")
 
@@ -71,6 +71,25 @@ def test_another_library_is_for_large_networks_on_the_cpu(
     assert multiplies_with() == "oneDNN"
     set_up(parameters, device, threads=1)  # also after one that had it
     assert multiplies_with() == "BLAS"
+
+
+@pytest.mark.parametrize("able", [False, True])
+@pytest.mark.parametrize("rows", [1023, 1024])
+def test_large_batches_of_small_networks_are_multiplied_as_large_networks_are(
+    able: bool, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processor, "onednn_is_faster", lambda: able)
+    MATMUL.fp32_precision = "none"
+    with pytest.raises(KeyError), large_products(torch.empty(rows, 3)):
+        assert multiplies_with() == ("oneDNN" if able and rows == 1024 else "BLAS")
+        raise KeyError
+    assert multiplies_with() == "BLAS"
+    with large_products(torch.empty(rows, 3, device="meta")):
+        assert multiplies_with() == "BLAS"
+    MATMUL.fp32_precision = "bf16"
+    with large_products(torch.empty(rows, 3)):
+        assert multiplies_with() == "oneDNN"
+    assert multiplies_with() == "oneDNN"
 
 
 @pytest.mark.parametrize(

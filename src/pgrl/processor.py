@@ -8,12 +8,16 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 LARGE = 100_000  # parameters that learn: two MLPs of 256-256 have 150,000, of 128-128 40,000
+LARGE_BATCH = 1024  # rows that are multiplied at once
 M_MXFAST, M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = 1, -1, -3  # of glibc's malloc.h
 # How torch multiplies matrices of single precision on the CPU: with "bf16" it calls oneDNN, with "none" MKL.
 MATMUL: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
@@ -31,6 +35,18 @@ def set_up(parameters: int, device: torch.device, threads: int | None = None, *,
     torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
     if large:
         keep_freed_memory()
+
+
+@contextmanager
+def large_products(batch: Tensor) -> Iterator[None]:
+    """Within it, matrices are multiplied as for a large network if the batch [N, ...] is large."""
+    before = MATMUL.fp32_precision
+    if len(batch) >= LARGE_BATCH and batch.is_cpu and onednn_is_faster():
+        MATMUL.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        MATMUL.fp32_precision = before
 
 
 def cores() -> int:
