@@ -42,7 +42,7 @@ class Acting:
         actor = pgrl.acting.Actor(agent.net, agent.obs_norm)
         pgrl.acting.CPP_ROWS = rows
         self.sample = actor.large if way == "network" else actor.sample
-        if way != "network" and actor.acts_with != way:
+        if way != "network" and not actor.acts_with.startswith(way):
             raise SystemExit(f"{way} is not what acts here: {actor.acts_with} does")
 
     def act(self, obs: Tensor) -> Tensor:

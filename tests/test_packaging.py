@@ -166,6 +166,8 @@ def test_sdist_and_wheel_carry_every_config(built: tuple[Path, Path], tmp_path: 
     assert configs(next(tmp_path.glob("pgrl-*")) / "configs") == configs(ROOT / "configs")
     assert configs(tmp_path / "wheel/pgrl/configs") == configs(ROOT / "configs")
     assert (tmp_path / "wheel/pgrl/py.typed").exists()
+    for folder in (tmp_path / "wheel/pgrl", next(tmp_path.glob("pgrl-*")) / "src/pgrl"):
+        assert (folder / "acting.cpp").exists()
 
 
 @pytest.mark.slow

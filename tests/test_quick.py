@@ -48,7 +48,9 @@ def test_a_quick_env_answers_as_its_own_step_does(env_id: str, named: dict[str, 
     expected = episodes(plain)
     assert episodes(quicker) == expected
     if "Cheetah" not in env_id:
-        assert {answer[2] for answer in expected if len(answer) == 4} == {False, True}
+        steps = [answer for answer in expected if len(answer) == 4]
+        assert {terminated for _, _, terminated, _ in steps} == {False, True}
+        assert max(max(obs) for obs, *_ in steps) == 10.0  # a speed beyond that is cut
 
 
 @pytest.mark.parametrize("env_id", [x for x in IDS if "Cheetah" not in x])
@@ -58,6 +60,17 @@ def test_one_that_goes_on_after_a_fall(env_id: str) -> None:
     quick.quicken([quicker])
     assert "step" in vars(quicker)
     assert episodes(quicker) == episodes(plain)
+
+
+@pytest.mark.parametrize("env_id", ["Hopper-v4", "Hopper-v5"])
+def test_a_hopper_falls_by_any_part_of_its_state(env_id: str) -> None:
+    named = {"healthy_state_range": (-2.0, 2.0), "healthy_angle_range": (-9.0, 9.0), "healthy_z_range": (-9.0, 9.0)}
+    plain, quicker = bare(env_id, **named), bare(env_id, **named)
+    quick.quicken([quicker])
+    assert "step" in vars(quicker)
+    expected = episodes(plain)
+    assert episodes(quicker) == expected
+    assert {answer[2] for answer in expected if len(answer) == 4} == {False, True}
 
 
 def test_all_copies_are_made_quicker_and_others_are_not() -> None:
@@ -84,6 +97,19 @@ def test_a_subclass_and_one_that_is_watched_are_left_as_they_are() -> None:
     for env in (watched, other):
         quick.quicken([env])
         assert "step" not in vars(env)
+
+
+def test_wrong_arguments_are_told_by_the_env_itself() -> None:
+    env = bare("Hopper-v5", healthy_z_range=0.7)
+    quick.quicken([env])
+    assert "step" not in vars(env)
+
+
+def test_a_step_that_was_replaced_stays() -> None:
+    env = bare("HalfCheetah-v4")
+    env.step = own = lambda action: type(env).step(env, action)
+    quick.quicken([env])
+    assert env.step is own
 
 
 @pytest.mark.parametrize("change", ["reward", "termination", "observation", "attribute"])

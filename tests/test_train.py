@@ -292,6 +292,22 @@ def test_a_checkpoint_that_lacks_something_is_one_clear_screen(tmp_path: Path) -
         pgrl.load(run_dir)
 
 
+@pytest.mark.parametrize(("was", "told"), [("another", "was another, is"), (None, "was None, is")])
+def test_a_resumed_run_says_where_it_may_round_differently(
+    was: str | None, told: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_dir = run(tmp_path, "run", *PPO, "total_timesteps=1000")
+    step, state = checkpoint.load_newest(run_dir, pytest.fail)
+    made = state["made_with"]
+    made["acts with"] = was
+    if was is None:  # as of a pgrl that did not note it
+        del made["acts with"]
+    checkpoint.save(run_dir, step + 1, state)
+    pgrl.run([f"resume={run_dir}", "total_timesteps=2000"])
+    (warning,) = [r.getMessage() for r in caplog.records if "bit for bit" in r.getMessage()]
+    assert f"acts with {told}" in warning and warning.count(" was ") == 1
+
+
 def test_due() -> None:
     assert [step for step in range(3, 31, 3) if due(10, step, 3)] == [12, 21, 30]
     assert not due(None, 10, 10)

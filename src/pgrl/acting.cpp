@@ -37,7 +37,7 @@ static inline float exponential(float x) {
     float p = 1.0f / 720.0f + r * (1.0f / 5040.0f);
     p = 0.5f + r * (1.0f / 6.0f + r * (1.0f / 24.0f + r * (1.0f / 120.0f + r * p)));
     p = 1.0f + r * (1.0f + r * p);
-    int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
+    int32_t bits = ((x == x ? static_cast<int32_t>(n) : 0) + 127) << 23;  // NaN, which no number stands for, is in p
     float power;
     std::memcpy(&power, &bits, sizeof power);
     return p * power;
@@ -45,12 +45,19 @@ static inline float exponential(float x) {
 
 static inline float tanh_of(float x) { return 1.0f - 2.0f / (exponential(2.0f * x) + 1.0f); }
 
+constexpr int64_t PARTS = 16;  // sums side by side, as many as vector instructions have room for
+
 static void multiply(const Layer &layer, const float *x, float *y) {
     for (int64_t o = 0; o < layer.outputs; o++) {
         const float *w = layer.weight + o * layer.inputs;
-        float sum = 0.0f;
-        for (int64_t i = 0; i < layer.inputs; i++) sum += w[i] * x[i];
-        y[o] = sum + layer.bias[o];
+        float parts[PARTS] = {}, sum = layer.bias[o];
+        int64_t i = 0;
+        for (; i + PARTS <= layer.inputs; i += PARTS)
+            for (int64_t k = 0; k < PARTS; k++) parts[k] += w[i + k] * x[i + k];
+        for (; i < layer.inputs; i++) sum += w[i] * x[i];
+        for (int64_t half = PARTS / 2; half; half /= 2)
+            for (int64_t k = 0; k < half; k++) parts[k] += parts[k + half];
+        y[o] = sum + parts[0];
     }
 }
 
@@ -82,8 +89,8 @@ static int64_t choose(const Policy &p, const float *logits, const float *noise) 
 }
 
 static float deviation(const Policy &p, const float *out, int64_t i) {
-    if (p.log_std) return exponential(p.log_std[i]);
-    return exponential(within(out[p.actions + i] + p.log_std_init, p.log_std_low, p.log_std_high));
+    if (p.log_std) return std::exp(p.log_std[i]);
+    return std::exp(within(out[p.actions + i] + p.log_std_init, p.log_std_low, p.log_std_high));
 }
 
 static void act(const Policy &p, const float *out, const float *noise, float *action) {

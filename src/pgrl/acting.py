@@ -12,7 +12,7 @@ import ctypes
 import math
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import gymnasium.spaces as spaces
 import numpy as np
@@ -84,11 +84,13 @@ class Actor:
         self._weight = net.policy_head.weight
         num_envs = 1 if setting is None else setting.num_envs
         in_cpp, in_numpy = small_calls(net)
-        self._in_cpp = num_envs <= in_cpp and InCpp.there()
+        self._in_cpp = num_envs <= in_cpp and library("acting") is not None
         self._rows, self._copies = in_cpp if self._in_cpp else in_numpy, False
+        if setting is not None and setting.obs_space.dtype == "uint8":
+            self._rows = 0
         self.device = self._weight.device if setting is None else setting.device
         if setting is not None and setting.env_device.type == "cpu" and setting.env_device != self.device:
-            if num_envs <= self._rows and setting.obs_space.dtype != "uint8":
+            if num_envs <= self._rows:
                 self.device, self._copies = setting.env_device, True
         if self.device.type != "cpu":
             self._rows = 0
@@ -97,8 +99,14 @@ class Actor:
 
     @property
     def acts_with(self) -> str:
-        """What makes samples: C++, numpy or torch."""
-        return "torch" if not self._rows else "C++" if self._in_cpp else "numpy"
+        """What makes samples of the envs' observations: C++ and of which build, numpy or torch."""
+        if self._rows and self._place != self._weight.data_ptr():
+            self._look_up()
+        return self._small.name if self._rows else "torch"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies, of this actor or of its process: they look up where their own numbers lie."""
+        return {name: part for name, part in vars(self).items() if name != "_small"} | {"_place": -1}
 
     def take_over(self) -> None:
         """What there is a copy of is out of date: the next sample has a new one."""
@@ -124,7 +132,8 @@ class Actor:
 
     def _look_up(self) -> None:
         numbers = look_up(self._net, self._obs_norm, copies if self._copies else views)
-        self._small = (InCpp if self._in_cpp else InNumpy)(self._net, numbers)
+        in_cpp = self._in_cpp and all(x.dtype == np.float32 and x.flags.c_contiguous for x in numbers.arrays())
+        self._small: InCpp | InNumpy = (InCpp if in_cpp else InNumpy)(self._net, numbers)
         self._place = self._weight.data_ptr()
 
 
@@ -134,8 +143,8 @@ def small_calls(net: Policy | DeterministicPolicy) -> tuple[int, int]:
     if not (known and isinstance(net.body, MLP) and net.body.activation in ACTIVATIONS):
         return 0, 0
     widest = max(layer.weight.numel() for layer in [*net.body.layers, net.policy_head])
-    in_cpp = widest <= CPP_LAYER_LIMIT and net.policy_head.weight.dtype == torch.float32
-    return CPP_ROWS if in_cpp else 0, CALL_LIMIT // widest if widest <= LAYER_LIMIT else 0
+    in_cpp = CPP_ROWS if widest <= CPP_LAYER_LIMIT else 0
+    return in_cpp, CALL_LIMIT // widest if widest <= LAYER_LIMIT else 0
 
 
 def activation(net: Policy | DeterministicPolicy) -> str:
@@ -145,12 +154,17 @@ def activation(net: Policy | DeterministicPolicy) -> str:
 
 
 class Numbers(NamedTuple):
-    """What a small policy computes with, of float32; None for what it has not."""
+    """What a small policy computes with; None for what it has not."""
 
     layers: list[tuple[Array, Array]]  # weights [outputs, inputs] and biases [outputs], the head's last
     log_std: Array | None  # [A]; None also where the head gives them, as its second half
     affine: tuple[Array, Array] | None  # center and radius [A] of the env's units
     norm: tuple[Array, Array, float | None] | None  # scale, shift and clip of observations
+
+    def arrays(self) -> list[Array]:
+        """All of them."""
+        single = [] if self.log_std is None else [self.log_std]
+        return [*(x for pair in self.layers for x in pair), *single, *(self.affine or ()), *(self.norm or ())[:2]]
 
 
 def look_up(
@@ -184,6 +198,8 @@ def copies(tensors: Sequence[Tensor]) -> list[Array]:
 
 class InNumpy:
     """Samples of a small policy in numpy."""
+
+    name = "numpy"
 
     def __init__(self, net: Policy | DeterministicPolicy, numbers: Numbers) -> None:
         self._distribution, self._log_std_init = net.distribution, net.log_std_init
@@ -250,24 +266,16 @@ POLICY = np.dtype(
 
 
 class InCpp:
-    """Samples of a small policy by one call of acting.cpp."""
-
-    _sample: ClassVar[Any]
-
-    @classmethod
-    def there(cls) -> bool:
-        """Whether acting.cpp can be built here."""
-        found = library("acting")
-        if found is None:
-            return False
-        cls._sample = found.pgrl_sample
-        cls._sample.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
-        cls._sample.restype = None
-        return True
+    """Samples of a small policy, whose numbers are of float32, by one call of acting.cpp."""
 
     def __init__(self, net: Policy | DeterministicPolicy, numbers: Numbers) -> None:
+        found = library("acting")
+        assert found is not None
+        self.name, self._sample = f"C++ {found.key}", found.functions.pgrl_sample
+        self._sample.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
+        self._sample.restype = None
         layers, log_std, affine, norm = numbers
-        self._choice = net.distribution == "discrete"
+        self._choice, self._inputs, self._actions = net.distribution == "discrete", layers[0][0].shape[1], net.actions
         self._layers = np.array([(w.shape[1], w.shape[0], place(w), place(b)) for w, b in layers], LAYER)
         self._scratch = np.empty((2, max(max(w.shape) for w, _ in layers)), np.float32)
         self._numbers = numbers  # kept, for only their places are known to the policy
@@ -295,10 +303,17 @@ class InCpp:
         self._at = place(self._policy)
 
     def __call__(self, obs: Tensor, noise: Tensor) -> Tensor:
-        """Actions [B, ...] for obs [B, *obs] and noise [B, A]."""
+        """Actions [B, ...] for obs [B, *obs] and noise [B, A] in main memory; ValueError for others."""
         rows, obs, noise = obs.shape[0], obs.contiguous(), noise.contiguous()
+        fits = obs.numel() == rows * self._inputs and noise.shape == (rows, self._actions)
+        if not (fits and obs.is_cpu and noise.is_cpu and noise.dtype == torch.float32):
+            raise ValueError(
+                f"obs {tuple(obs.shape)} on {obs.device} and noise {tuple(noise.shape)} of {noise.dtype} on "
+                f"{noise.device}, where {self._inputs} numbers for each of B observations and float32 noise "
+                f"[B, {self._actions}] in main memory are asked for"
+            )
         action = torch.from_numpy(np.empty(rows, np.int64) if self._choice else np.empty(noise.shape, np.float32))
-        InCpp._sample(self._at, rows, obs.data_ptr(), noise.data_ptr(), action.data_ptr())
+        self._sample(self._at, rows, obs.data_ptr(), noise.data_ptr(), action.data_ptr())
         return action
 
 

@@ -54,7 +54,7 @@ class Stepper(Protocol):
     def update(self, rollout: Transition, progress: float) -> dict[str, Tensor]: ...
 
     def steps(self, *arguments: Any) -> tuple[dict[str, Tensor], Tensor]:
-        """What `step` computes, compiled or not: metrics, and TD errors [N]; it draws no random numbers."""
+        """What `step` computes, compiled or not: metrics, and TD errors [N] or [0]; it draws no random numbers."""
 
 
 class Captured(Generic[T]):

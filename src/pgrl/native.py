@@ -11,11 +11,17 @@ import tempfile
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
-# Sums may be taken in another order, as vector instructions do. Not -ffast-math: it takes NaN for a number, and before
-# gcc 13 it makes the whole process round numbers near zero to it.
-FLAGS = "-std=c++17 -O3 -march=native -shared -fPIC -fno-math-errno -fno-trapping-math -fno-signed-zeros".split()
-FLAGS += ["-fassociative-math"]
+# Not -ffast-math: it takes NaN for a number, and before gcc 13 it makes the whole process lose numbers near zero.
+FLAGS = "-std=c++17 -O3 -march=native -shared -fPIC -fno-math-errno -fno-trapping-math".split()
+
+
+class Library(NamedTuple):
+    """What was built of a source."""
+
+    functions: ctypes.PyDLL  # which keep Python's lock
+    key: str  # of the source, the compiler, its flags and the processor: what results depend on to the last bit
 
 
 def compilers() -> list[str]:
@@ -34,20 +40,29 @@ def cache_folder(name: str) -> Path | None:
 
 
 @cache
-def library(name: str) -> ctypes.PyDLL | None:
-    """The functions of `name`.cpp, which keep Python's lock; None where they cannot be built or loaded."""
+def library(name: str) -> Library | None:
+    """The functions of `name`.cpp, by the first compiler that builds it; None where none does."""
+    with tempfile.TemporaryDirectory() as elsewhere:  # where what is kept cannot be loaded, or nothing be kept
+        for compiler in dict.fromkeys(compilers()):
+            for folder in (cache_folder("native"), Path(elsewhere)):
+                with suppress(OSError, subprocess.SubprocessError):
+                    if folder is not None:
+                        return build(name, compiler, folder)
+    return None
+
+
+def build(name: str, compiler: str, folder: Path) -> Library:
+    """The functions of `name`.cpp, compiled into a folder unless they are there; OSError or SubprocessError."""
     import torch
 
     source = Path(__file__).with_name(f"{name}.cpp")
-    with suppress(OSError, subprocess.CalledProcessError), tempfile.TemporaryDirectory() as elsewhere:
-        compiler = compilers()[0] if compilers() else "g++"
-        machine = str(sorted(torch.cpu.get_capabilities().items()))  # a home may be shared by several
-        key = hashlib.sha256("\0".join([source.read_text(), compiler, *FLAGS, machine]).encode()).hexdigest()
-        folder = cache_folder("native") or Path(elsewhere)
-        built = folder / f"{name}-{key[:16]}.so"
-        if not built.exists():
-            fresh = folder / f"{built.name}.{os.getpid()}"  # others may be about it, too
+    version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout
+    processor = str(sorted(torch.cpu.get_capabilities().items()))  # a home may be shared by several
+    key = hashlib.sha256("\0".join([source.read_text(), version, *FLAGS, processor]).encode()).hexdigest()[:16]
+    built = folder / f"{name}-{key}.so"
+    if not built.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as own:  # others may be about it, too
+            fresh = Path(own) / built.name
             subprocess.run([compiler, *FLAGS, str(source), "-o", str(fresh)], check=True, capture_output=True)
             fresh.replace(built)
-        return ctypes.PyDLL(str(built))
-    return None
+    return Library(ctypes.PyDLL(str(built)), key)

@@ -1,6 +1,6 @@
 """How this process multiplies and allocates: threads, the library for matrices, TF32 on a GPU, memory that was freed.
 
-All four matter where networks are so large that arithmetic, not the calls of operations, takes the time.
+All four matter where networks, or batches, are so large that arithmetic, not the calls of operations, takes the time.
 """
 
 from __future__ import annotations
@@ -57,6 +57,12 @@ def cores() -> int:
 def multiplies_with() -> str:
     """The library that multiplies matrices now."""
     return "oneDNN" if MATMUL.fp32_precision == "bf16" else "BLAS"
+
+
+def multiplies_large_batches_with() -> str:
+    """The library that multiplies within `large_products`."""
+    with large_products(torch.empty(LARGE_BATCH, 0)):
+        return multiplies_with()
 
 
 @cache

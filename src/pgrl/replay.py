@@ -114,7 +114,7 @@ class ReplayBuffer:
         self._tree: SumTree | None = None
         self._snapshots: list[weakref.ref[Snapshot]] = []
         self._saved: dict[int, str] = {}
-        self._one = torch.ones((), device=self._to)
+        self._ones = torch.ones((), device=self._to).expand(1)  # the weights of uniform samples
         self._powers = torch.tensor([gamma**k for k in range(n_step)], device=device)
 
     def __len__(self) -> int:
@@ -280,7 +280,9 @@ class ReplayBuffer:
         if shape.num_envs > 1:
             env = torch.randint(shape.num_envs, (batch_size,), generator=generator, device=device)
             index.add_(env, alpha=shape.length)
-        return self._batch(index, self._one.expand(batch_size))
+        if self._ones.shape[0] != batch_size:
+            self._ones = self._ones[0].expand(batch_size)
+        return self._batch(index, self._ones)
 
     def _batch(self, index: Tensor, weight: Tensor) -> Batch:
         ints = self._windows.index_select(0, index)  # [N, (n + 1) * words], which the batch's tensors are views of

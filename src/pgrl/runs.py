@@ -104,7 +104,8 @@ class Run:
                     part.load_state_dict(state[name])
         except KeyError as error:
             raise of_another_version(state, error) from error
-        changed = [f"{k} was {v}, is {now.get(k)}" for k, v in state["made_with"].items() if v != now.get(k)]
+        was = state["made_with"]
+        changed = [f"{k} was {was.get(k)}, is {now.get(k)}" for k in {**was, **now} if was.get(k) != now.get(k)]
         if changed:
             log.warning("the run goes on, but perhaps not bit for bit: %s", ", ".join(changed))
 
@@ -148,6 +149,7 @@ def made_with(agent: Agent) -> dict[str, Any]:
         "acts on": str(agent.act_device),
         "acts with": "torch" if agent.actor is None else agent.actor.acts_with,
         "processor": kind,
+        "large batches": processor.multiplies_large_batches_with(),
     }
 
 

@@ -40,7 +40,8 @@ def collect(env: VecEnv, agent: Agent, rollout: Rollout, obs: Tensor, device: to
     for t, step in enumerate(rollout.steps):
         action = agent.act(rollout.obs[t] if here else rollout.obs[t].to(acts_on))
         env.step(rollout.put(t, action), out=step)
-    return Transition(*(x.to(agent.update_device or device) for x in rollout.transition))
+    where = agent.update_device or device
+    return rollout.transition if where == env.device else Transition(*(x.to(where) for x in rollout.transition))
 
 
 def train(config: RunConfig, run: Run, upkeep: Upkeep) -> None:
@@ -84,11 +85,17 @@ def train(config: RunConfig, run: Run, upkeep: Upkeep) -> None:
 
 def check_finite(tensors: dict[str, Tensor], source: str) -> None:
     """NonFiniteError naming those of the tensors that hold NaN or infinity."""
-    floats = [x for x in tensors.values() if x.is_floating_point()]
-    elsewhere = [(x.sum() if x.dim() else x).float() for x in floats if not x.is_cpu]
-    total = float(torch.stack(elsewhere).sum()) if elsewhere else 0.0  # one wait for the device, not one for each
+    total, elsewhere = 0.0, []
     with np.errstate(over="ignore", invalid="ignore"):
-        total += sum(squared(x) if x.dim() else x.item() for x in floats if x.is_cpu)
+        for x in tensors.values():
+            if not x.is_floating_point():
+                continue
+            if x.is_cpu:
+                total += squared(x) if x.dim() else x.item()
+            else:
+                elsewhere.append((x.sum() if x.dim() else x).float())
+    if elsewhere:
+        total += float(torch.stack(elsewhere).sum())  # one wait for the device, not one for each
     if math.isfinite(total):
         return
     bad = [name for name, x in tensors.items() if not torch.isfinite(x).all()]

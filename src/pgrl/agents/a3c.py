@@ -101,7 +101,7 @@ class A3C(Agent):
             partial(SharedRMSProp, shared=lambda: self.shared, alpha=config.rms_prop_alpha, eps=config.opt_eps),
             max_grad_norm=config.max_grad_norm,
         )
-        self.actor = Actor(self.net, self.obs_norm)
+        self.actor = Actor(self.net, self.obs_norm, setting)
 
     def act(self, obs: Tensor, explore: bool = True) -> Tensor:
         return self.actor.sample(obs, self.noise.next(obs.shape[0])) if explore else self.actor.mode(obs)

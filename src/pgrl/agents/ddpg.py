@@ -119,14 +119,14 @@ class DDPG(Agent):
         draws = None if config.target_noise is None else self.draws
         batch, index = draw(config, self.buffer, self.obs_norm, self.net, draws, progress)
         self.updates += 1
-        turn = int(self.updates) % config.policy_delay == 0
+        turn = config.policy_delay == 1 or int(self.updates) % config.policy_delay == 0
         metrics, td_error = self.step(batch, turn)
         if config.per_alpha is not None:
             self.buffer.update_priorities(index, td_error)
         return metrics
 
     def steps(self, batch: CriticBatch, policy: bool) -> tuple[dict[str, Tensor], Tensor]:
-        """All steps on a batch, with those of the policy and the targets or without: metrics, and TD errors [N]."""
+        """All steps on a batch, with the policy's and the targets' or without: metrics, and TD errors [N] or [0]."""
         critic_lr, actor_lr = self.lr
         qf_loss, qf_values, td_error, grad_norm = self.critic_step(batch, critic_lr, ())
         metrics = {"losses/qf_loss": qf_loss, "losses/qf_values": qf_values, "losses/qf_grad_norm": grad_norm}
@@ -138,7 +138,7 @@ class DDPG(Agent):
         return metrics, td_error
 
     def critic_loss(self, batch: CriticBatch, _: tuple[()]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The Bellman error of the critics, algorithm 1, summed; metrics: itself, mean Q, and TD errors [N]."""
+        """The Bellman error of the critics, algorithm 1, summed, with the metrics of `bellman_error`."""
         with torch.no_grad():
             action = self.target_net.forward(batch.next_obs)
             if self.config.target_noise is not None:  # Fujimoto et al. 2018, equation 14

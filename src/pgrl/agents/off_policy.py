@@ -123,7 +123,7 @@ def bellman_error(
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """The loss [] of critics that say q [K, N] for target [N], and metrics: itself, mean Q, and TD errors [N].
 
-    These are for priorities; [0] without.
+    These are for priorities; without prioritised replay they are [0].
     """
     if config.per_alpha is None:
         loss = functional.q_loss(q, target)

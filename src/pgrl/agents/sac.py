@@ -137,7 +137,7 @@ class SAC(Agent):
         draws = None if self.discrete else self.draws  # expectations over choices are exact
         batch, index = draw(config, self.buffer, self.obs_norm, self.net, draws, progress)
         self.updates += 1
-        turn = int(self.updates) % config.policy_delay == 0
+        turn = config.policy_delay == 1 or int(self.updates) % config.policy_delay == 0
         noise = self.net.noise((config.batch_size,), self.draws) if turn and not self.discrete else None
         metrics, td_error = self.step(batch, noise, turn)
         if config.per_alpha is not None:
@@ -145,7 +145,7 @@ class SAC(Agent):
         return metrics
 
     def steps(self, batch: CriticBatch, noise: Tensor | None, policy: bool) -> tuple[dict[str, Tensor], Tensor]:
-        """All steps on a batch, the policy's for actions of `noise` or none of it: metrics, and TD errors [N]."""
+        """All steps on a batch, the policy's for actions of `noise` or none: metrics, and TD errors [N] or [0]."""
         critic_lr, actor_lr, alpha_lr = self.lr
         with torch.no_grad():
             alpha = self.temperature.forward()
@@ -161,7 +161,7 @@ class SAC(Agent):
         return metrics, td_error
 
     def critic_loss(self, batch: CriticBatch, alpha: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The soft Bellman error of both critics, equations 5 and 6, summed; metrics: itself, mean Q, TD errors [N].
+        """The soft Bellman error of both critics, equations 5 and 6, summed, with the metrics of `bellman_error`.
 
         With n steps the entropies of the states between are left out.
         """

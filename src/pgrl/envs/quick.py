@@ -26,8 +26,9 @@ def quicken(envs: Sequence[Env]) -> None:
     """
     for env in envs:
         quicken_space(env.unwrapped.action_space)
-    if type(envs[0]).__module__ in MUJOCO and envs[0].render_mode != "human":
-        with suppress(AttributeError):  # of another version of Gymnasium
+    known = type(envs[0]).__module__ in MUJOCO and not any("step" in vars(env) for env in envs)
+    if known and envs[0].render_mode != "human":
+        with suppress(Exception):  # of another version of Gymnasium, or of wrong arguments, which the env itself tells
             steps = [quick_step(env) for env in envs]
             if is_as(envs[0], steps[0]):
                 for env, step in zip(envs, steps, strict=True):
