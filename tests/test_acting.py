@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Generator, Tensor, nn
 
+import pgrl.acting
 from pgrl.acting import Actor
 from pgrl.agents import Agent, Setting
 from pgrl.config import compose
@@ -245,17 +246,21 @@ def test_a_copy_knows_nothing_of_where_the_first_had_its_numbers(way: str) -> No
     assert copy.deepcopy(actor).acts_with == actor.acts_with
 
 
+def test_structs_are_as_large_as_in_cpp() -> None:
+    assert (pgrl.acting.LAYER.itemsize, pgrl.acting.POLICY.itemsize) == (32, 112)  # what acting.cpp asserts
+
+
 def test_calls_of_more_observations_than_cpp_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """An actor whose envs are more leaves them to numpy; where others ask for more it is torch, as without envs."""
     _, net, norm = make()
     many = setting(net)
-    many.num_envs = 17
+    many.num_envs = 9
     assert Actor(net, norm, many).acts_with == "numpy"
-    many.num_envs = 16
+    many.num_envs = 8
     actor = Actor(net, norm, many)
     assert actor.acts_with.partition(" ")[0] == ("C++" if compilers() else "numpy")
     monkeypatch.setattr(actor, "apply", lambda obs, noise: len(obs))
-    assert not compilers() or actor.sample(*inputs(net, 17)) == 17
+    assert not compilers() or actor.sample(*inputs(net, 9)) == 9
 
 
 @pytest.mark.parametrize("why", ["double precision", "no compiler", "it fails"])

@@ -13,18 +13,19 @@ struct Layer {
 };
 
 struct Policy {  // as `acting.POLICY` in Python
-    int64_t count;  // of layers, the head among them
+    int64_t count;                   // of layers, the head among them
     const Layer *layers;
     Activation activation;
     Kind kind;
-    int64_t actions;             // numbers of an action, or choices
-    const float *scale, *shift;  // of observations, which are as they are without
-    float clip;                  // normalised observations within +-
+    int64_t actions;                 // numbers of an action, or choices
+    const float *scale, *shift;      // of observations, which are as they are without
+    float clip;                      // normalised observations within +-
     float log_std_init, log_std_low, log_std_high;
-    const float *log_std;           // [actions]; null: the head's second half plus log_std_init, within low and high
-    const float *center, *radius;   // of the env's units; null: the policy's are the same
+    const float *log_std;            // [actions]; null: the head's second half plus log_std_init, within low and high
+    const float *center, *radius;    // of the env's units; null: the policy's are the same
     float *scratch, *other_scratch;  // each a row as wide as the widest layer
 };
+static_assert(sizeof(Layer) == 32 && sizeof(Policy) == 112, "acting.py packs these without gaps");
 
 // Comparisons are such that NaN stays NaN.
 static inline float within(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
@@ -45,19 +46,25 @@ static inline float exponential(float x) {
 
 static inline float tanh_of(float x) { return 1.0f - 2.0f / (exponential(2.0f * x) + 1.0f); }
 
-constexpr int64_t PARTS = 16;  // sums side by side, as many as vector instructions have room for
+// Sums are taken side by side, and then in pairs: in an order that the source gives, and vector instructions follow.
+constexpr int64_t PARTS = 16;
+
+static inline float total(const float (&x)[PARTS]) {
+    float a[8], b[4];
+    for (int k = 0; k < 8; k++) a[k] = x[k] + x[k + 8];
+    for (int k = 0; k < 4; k++) b[k] = a[k] + a[k + 4];
+    return (b[0] + b[2]) + (b[1] + b[3]);
+}
 
 static void multiply(const Layer &layer, const float *x, float *y) {
+    const int64_t inputs = layer.inputs, whole = inputs - inputs % PARTS;
     for (int64_t o = 0; o < layer.outputs; o++) {
-        const float *w = layer.weight + o * layer.inputs;
-        float parts[PARTS] = {}, sum = layer.bias[o];
-        int64_t i = 0;
-        for (; i + PARTS <= layer.inputs; i += PARTS)
+        const float *w = layer.weight + o * inputs;
+        float parts[PARTS] = {}, rest = layer.bias[o];
+        for (int64_t i = 0; i < whole; i += PARTS)
             for (int64_t k = 0; k < PARTS; k++) parts[k] += w[i + k] * x[i + k];
-        for (; i < layer.inputs; i++) sum += w[i] * x[i];
-        for (int64_t half = PARTS / 2; half; half /= 2)
-            for (int64_t k = 0; k < half; k++) parts[k] += parts[k + half];
-        y[o] = sum + parts[0];
+        for (int64_t i = whole; i < inputs; i++) rest += w[i] * x[i];
+        y[o] = rest + total(parts);
     }
 }
 

@@ -33,7 +33,7 @@ Array = NDArray[Any]
 ONE_THREAD = os.environ.get("OPENBLAS_NUM_THREADS") == "1"
 LAYER_LIMIT, CALL_LIMIT = (300_000, 4_000_000) if ONE_THREAD else (9_000, 250_000)
 # And C++, which multiplies for one observation after another, beyond so many weights, and observations in a call.
-CPP_LAYER_LIMIT, CPP_ROWS = 300_000, 16
+CPP_LAYER_LIMIT, CPP_ROWS = 300_000, 8
 
 
 def tanh_(x: Array) -> None:
