@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import pgrl.acting
+import pgrl.sampling
 from bench_peers import processor
 from pgrl.config import compose
 from pgrl.data import Rollout
@@ -38,9 +39,9 @@ class Acting:
 
     def __init__(self, agent: Any, way: str) -> None:
         self.agent, self.act_device, self.update_device = agent, agent.act_device, agent.update_device
-        rows, pgrl.acting.CPP_ROWS = pgrl.acting.CPP_ROWS, rows_of(way)
+        rows, pgrl.sampling.CPP_ROWS = pgrl.sampling.CPP_ROWS, rows_of(way)
         actor = pgrl.acting.Actor(agent.net, agent.obs_norm)
-        pgrl.acting.CPP_ROWS = rows
+        pgrl.sampling.CPP_ROWS = rows
         self.sample = actor.large if way == "network" else actor.sample
         if way != "network" and not actor.acts_with.startswith(way):
             raise SystemExit(f"{way} is not what acts here: {actor.acts_with} does")
@@ -51,8 +52,8 @@ class Acting:
 
 
 def rows_of(way: str) -> int:
-    """For `pgrl.acting.CPP_ROWS`: observations in a call, up to which C++ makes actions."""
-    return pgrl.acting.CPP_ROWS if way == "C++" else 0
+    """For `pgrl.sampling.CPP_ROWS`: observations in a call, up to which C++ makes actions."""
+    return pgrl.sampling.CPP_ROWS if way == "C++" else 0
 
 
 def measure(command: str, rollouts: int) -> dict[str, list[float]]:

@@ -14,6 +14,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 import pgrl.acting
+import pgrl.sampling
 from pgrl.acting import Actor
 from pgrl.agents import Agent, Setting
 from pgrl.config import compose
@@ -64,7 +65,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "C++" and not compilers():
         pytest.skip("needs a C++ compiler")
     if request.param == "numpy":
-        monkeypatch.setattr("pgrl.acting.CPP_ROWS", 0)
+        monkeypatch.setattr("pgrl.sampling.CPP_ROWS", 0)
     return request.param
 
 
@@ -247,7 +248,7 @@ def test_a_copy_knows_nothing_of_where_the_first_had_its_numbers(way: str) -> No
 
 
 def test_structs_are_as_large_as_in_cpp() -> None:
-    assert (pgrl.acting.LAYER.itemsize, pgrl.acting.POLICY.itemsize) == (32, 112)  # what acting.cpp asserts
+    assert (pgrl.sampling.LAYER.itemsize, pgrl.sampling.POLICY.itemsize) == (32, 112)  # what sampling.cpp asserts
 
 
 def test_calls_of_more_observations_than_cpp_is_for(monkeypatch: pytest.MonkeyPatch) -> None:

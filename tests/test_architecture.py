@@ -26,6 +26,7 @@ LAYERS = (
     ("files", "state_tree"),
     ("agents", "envs"),
     ("acting", "replay"),
+    ("sampling",),
     ("q_networks", "replay_rows"),
     ("replay_layout",),
     ("networks", "normalisers", "data", "optim", "processes"),

@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import pgrl
 import pgrl.acting
 import pgrl.networks
+import pgrl.sampling
 from pgrl import capture, checkpoint
 from pgrl.agents import AGENTS, A2CConfig, Agent, PPOConfig, Setting
 from pgrl.agents import on_policy as on_policy_module
@@ -115,8 +116,8 @@ def use_tape(monkeypatch: pytest.MonkeyPatch) -> None:
     """Capture on the CPU with the stand-in, and leave nothing to C++, numpy or to what asks for values, as on a GPU."""
     monkeypatch.setattr(capture, "record", on_tape)
     monkeypatch.setattr(Rollout, "put", lambda self, t, action: self._actions[t].copy_(action))
-    monkeypatch.setattr("pgrl.acting.LAYER_LIMIT", 0)
-    monkeypatch.setattr("pgrl.acting.CPP_LAYER_LIMIT", 0)
+    monkeypatch.setattr("pgrl.sampling.LAYER_LIMIT", 0)
+    monkeypatch.setattr("pgrl.sampling.CPP_LAYER_LIMIT", 0)
     monkeypatch.setattr(on_policy_module, "values", lambda net, norm, rollout, _: all_values(net, norm, rollout))
 
 

@@ -60,12 +60,15 @@ def quick_step(env: Any) -> Callable[[NDArray[Any]], Answer]:
     first = 1 if env._exclude_current_positions_from_observation else 0
     forward_weight, cost_weight = env._forward_reward_weight, env._ctrl_cost_weight
 
-    def cheetah(action: NDArray[Any]) -> Answer:
+    def advance(action: NDArray[Any]) -> tuple[Any, Any]:
+        """The rewards of the way forward, and the cost of the action."""
         before = qpos[0]
         ctrl[:] = action
         mj_step(model, data, frame_skip)
-        forward = forward_weight * ((qpos[0] - before) / dt)
-        cost = cost_weight * np.add.reduce(np.square(action))
+        return forward_weight * ((qpos[0] - before) / dt), cost_weight * np.add.reduce(np.square(action))
+
+    def cheetah(action: NDArray[Any]) -> Answer:
+        forward, cost = advance(action)
         return np.concatenate((qpos[first:], qvel)), forward - cost, False, False, {}
 
     kind = type(env).__module__
@@ -78,11 +81,7 @@ def quick_step(env: Any) -> Callable[[NDArray[Any]], Answer]:
     ends, healthy_weight = env._terminate_when_unhealthy, env._healthy_reward
 
     def walker(action: NDArray[Any]) -> Answer:
-        before = qpos[0]
-        ctrl[:] = action
-        mj_step(model, data, frame_skip)
-        forward = forward_weight * ((qpos[0] - before) / dt)
-        cost = cost_weight * np.add.reduce(np.square(action))
+        forward, cost = advance(action)
         place, speed = qpos.tolist(), qvel.tolist()
         healthy = low_z < place[1] < high_z and low_angle < place[2] < high_angle
         if healthy and hops:

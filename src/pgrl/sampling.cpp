@@ -1,4 +1,4 @@
-// Actions of a small policy for a few observations: what `acting.InNumpy` computes, in one call. Built by `native.py`.
+// Actions of a small policy for a few observations: what `sampling.InNumpy` computes, in one call. Built by `native.py`.
 
 #include <cmath>
 #include <cstdint>
@@ -12,7 +12,7 @@ struct Layer {
     const float *weight, *bias;  // [outputs, inputs] and [outputs]
 };
 
-struct Policy {  // as `acting.POLICY` in Python
+struct Policy {  // as `sampling.POLICY` in Python
     int64_t count;                   // of layers, the head among them
     const Layer *layers;
     Activation activation;
@@ -25,7 +25,7 @@ struct Policy {  // as `acting.POLICY` in Python
     const float *center, *radius;    // of the env's units; null: the policy's are the same
     float *scratch, *other_scratch;  // each a row as wide as the widest layer
 };
-static_assert(sizeof(Layer) == 32 && sizeof(Policy) == 112, "acting.py packs these without gaps");
+static_assert(sizeof(Layer) == 32 && sizeof(Policy) == 112, "sampling.py packs these without gaps");
 
 // Comparisons are such that NaN stays NaN.
 static inline float within(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
