@@ -13,10 +13,12 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import pgrl.acting  # before numpy and torch, as in every run
+
+# isort: split
 import torch
 from torch import Tensor
 
-import pgrl.acting
 import pgrl.sampling
 from bench_peers import processor
 from pgrl.config import compose

@@ -17,6 +17,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import pgrl  # before numpy and torch, as in every run
+
+# isort: split
 import torch
 
 import bench_peers
@@ -36,7 +39,6 @@ WORKLOADS = {  # the overrides, and the updates to time
 
 def measure(name: str, compiled: bool) -> dict[str, float]:
     """Seconds of the first update and of a later one, and the gradient steps of one."""
-    import pgrl
     from pgrl.agents import AGENTS
     from pgrl.config import compilation, compose
 

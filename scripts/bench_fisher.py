@@ -12,6 +12,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
+import pgrl  # noqa: F401  # before numpy and torch, as in every run
+
+# isort: split
 import gymnasium.spaces as spaces
 import numpy as np
 import torch

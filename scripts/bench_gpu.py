@@ -26,6 +26,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pgrl  # noqa: F401  # before numpy and torch, as in every run
+
+# isort: split
 import torch
 
 import bench_peers

@@ -34,9 +34,11 @@ tensorboard=false"""
 
 def measure(num_envs: int, num_steps: int, width: int, processes: int) -> dict[str, float]:
     """Microseconds of an env step in collecting and in the update, steps/s, MB at the peak, and random steps/s."""
+    import pgrl  # before numpy and torch, as in every run
+
+    # isort: split
     import torch
 
-    import pgrl
     from pgrl import train
     from pgrl.agents import AGENTS
     from pgrl.config import compose

@@ -8,8 +8,8 @@ process, after its first steps; the ways take turns. A gradient step is what an 
 its actions, the losses, their gradients, the optimisers and the target networks. The rest is acting, the env, adding to
 the replay buffer and sampling from it, finite checks, logs and snapshots. The floor is the time that the floating-point
 operations of an update's matrix products would take at the best rate of torch in this process, at 256 by 256 by 256.
-`plain` is without what `pgrl.processor` does for large networks: products by oneDNN, where that is faster, and memory
-that is kept.
+`plain` is without what pgrl does for large networks: products in AVX-512 where MKL would keep to AVX2 (`pgrl.mkl`), or
+else by oneDNN, and memory that is kept (`pgrl.processor`).
 """
 
 import argparse
@@ -21,11 +21,14 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pgrl.agents  # before numpy and torch, as in every run
+
+# isort: split
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench_peers
-from pgrl import processor
+from pgrl import mkl, processor
 
 FIRST = 200  # updates before the measurement starts
 ALGOS = ("sac", "ddpg")
@@ -39,8 +42,6 @@ WAYS = {  # compiled, as pgrl sets the process up
 
 def measure(algo: str, way: str, threads: int, updates: int) -> dict[str, float]:
     """Milliseconds of an update's gradient steps, of all the rest of its env step, and of the floor."""
-    import pgrl.agents
-
     compiled, tuned = WAYS[way]
     if not tuned:
         processor.onednn_is_faster = lambda: False  # type: ignore[assignment]
@@ -126,7 +127,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for way in ways:
             algo, name, threads = way
             command = [__file__, "--child", algo, name, str(threads), str(options.updates)]
-            measured[way].append(bench_peers.fresh_process(command, threads))
+            variables = {} if WAYS[name][1] else {mkl.SWITCH: "0"}
+            measured[way].append(bench_peers.fresh_process(command, threads, variables))
             print(".", end="", file=sys.stderr, flush=True)
     print(f"\n{bench_peers.processor()}, torch {torch.__version__}, milliseconds, medians of {options.rounds}\n")
     print(

@@ -21,10 +21,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pgrl  # before numpy and torch, as in every run
+
+# isort: split
 import numpy as np
 import torch
 
-import pgrl
 from pgrl.config import RunConfig, load_run
 from pgrl.data import Rollout
 from pgrl.envs import make_vec

@@ -30,7 +30,8 @@ LAYERS = (
     ("q_networks", "replay_rows"),
     ("replay_layout",),
     ("networks", "normalisers", "data", "optim", "processes"),
-    ("compiling",),
+    ("compiling", "processor"),
+    ("mkl",),
     (
         "native",
         "flat",
@@ -41,7 +42,6 @@ LAYERS = (
         "env_ids",
         "errors",
         "memory",
-        "processor",
         "rows",
         "sum_tree",
     ),
@@ -52,10 +52,11 @@ RANK = {module: i for i, layer in enumerate(LAYERS) for module in layer}
 PURE = ("functional", "trust_region", "distributions")  # torch and the standard library alone
 ALL_OF_PGRL = {  # for those that import still less of pgrl than their row allows
     **dict.fromkeys(
-        (*PURE, "data", "flat", "signals", "env_ids", "errors", "memory", "native", "processor", "rows", "sum_tree"),
+        (*PURE, "data", "flat", "signals", "env_ids", "errors", "memory", "native", "rows", "sum_tree"),
         set[str](),
     ),
     "optim": {"flat", "compiling"},
+    "processor": {"mkl"},
     "checkpoint": {"errors", "files", "rows", "state_tree"},
     "files": {"errors"},
     "state_tree": {"rows"},

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from pgrl import processor
-from pgrl.processor import LARGE, MATMUL, large_products, multiplies_with, onednn_is_faster, set_up
+from pgrl.processor import LARGE, MATMUL, mkl_has_avx512, multiplies_with, onednn_is_faster, set_up
 
 CPU = torch.device("cpu")
+BLAS = "MKL with AVX-512" if mkl_has_avx512() else "BLAS"
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +59,7 @@ def test_waiting_threads_give_up_their_core_unless_told_otherwise() -> None:
 
 def test_large_networks_multiply_in_single_precision() -> None:
     set_up(LARGE, CPU, threads=1)
-    assert multiplies_with() == ("oneDNN" if onednn_is_faster() else "BLAS")
+    assert multiplies_with() == ("oneDNN" if onednn_is_faster() else BLAS)
     assert error() < 1e-3
 
 
@@ -70,26 +71,7 @@ def test_another_library_is_for_large_networks_on_the_cpu(
     set_up(LARGE, CPU, threads=1)
     assert multiplies_with() == "oneDNN"
     set_up(parameters, device, threads=1)  # also after one that had it
-    assert multiplies_with() == "BLAS"
-
-
-@pytest.mark.parametrize("able", [False, True])
-@pytest.mark.parametrize("rows", [1023, 1024])
-def test_large_batches_of_small_networks_are_multiplied_as_large_networks_are(
-    able: bool, rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(processor, "onednn_is_faster", lambda: able)
-    MATMUL.fp32_precision = "none"
-    with pytest.raises(KeyError), large_products(torch.empty(rows, 3)):
-        assert multiplies_with() == ("oneDNN" if able and rows == 1024 else "BLAS")
-        raise KeyError
-    assert multiplies_with() == "BLAS"
-    with large_products(torch.empty(rows, 3, device="meta")):
-        assert multiplies_with() == "BLAS"
-    MATMUL.fp32_precision = "bf16"
-    with large_products(torch.empty(rows, 3)):
-        assert multiplies_with() == "oneDNN"
-    assert multiplies_with() == "oneDNN"
+    assert multiplies_with() == BLAS
 
 
 @pytest.mark.parametrize(
@@ -104,8 +86,11 @@ def test_large_batches_of_small_networks_are_multiplied_as_large_networks_are(
 )
 def test_which_processors_gain(able: dict[str, object], expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    monkeypatch.setattr(processor, "mkl_has_avx512", lambda: False)
     before = MATMUL.fp32_precision
     assert onednn_is_faster.__wrapped__() is (expected and precise())
+    monkeypatch.setattr(processor, "mkl_has_avx512", lambda: True)
+    assert onednn_is_faster.__wrapped__() is False
     assert MATMUL.fp32_precision == before
 
 
@@ -120,6 +105,7 @@ def precise() -> bool:
 
 def test_imprecise_products_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True, "cpu_name": "AMD EPYC"})
+    monkeypatch.setattr(processor, "mkl_has_avx512", lambda: False)
     rounded = lambda x, y: torch.mm(x if x.dtype == torch.float64 else x.bfloat16().float(), y)  # noqa: E731
     monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
     assert onednn_is_faster.__wrapped__() is False

@@ -584,7 +584,8 @@ def test_both_sides_train_to_a_score(name: str, side: str) -> None:
 def test_updates_are_measured_in_turns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     asked: list[list[str]] = []
 
-    def fresh_process(arguments: list[str], threads: int) -> dict[str, float]:
+    def fresh_process(arguments: list[str], threads: int, variables: dict[str, str]) -> dict[str, float]:
+        assert variables == ({"PGRL_MKL_AVX512": "0"} if "plain" in arguments[3] else {})
         asked.append(arguments[2:5])
         return {"gradient": 4.0, "whole": 5.0, "floor": 2.0}
 

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pgrl import mkl
+
 if TYPE_CHECKING:
     from pgrl.agents import Agent
 
@@ -16,6 +18,7 @@ if "numpy" not in sys.modules:
 # Read when torch loads GNU's OpenMP: how long a thread that waits for another keeps its core. By default that is so
 # long that two programs which share the cores all but stop each other.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+mkl.answer()  # also before torch
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load", "main", "run"]

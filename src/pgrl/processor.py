@@ -8,16 +8,14 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+
+from pgrl import mkl
 
 LARGE = 100_000  # parameters that learn: two MLPs of 256-256 have 150,000, of 128-128 40,000
-LARGE_BATCH = 1024  # rows that are multiplied at once
 M_MXFAST, M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = 1, -1, -3  # of glibc's malloc.h
 # How torch multiplies matrices of single precision on the CPU: with "bf16" it calls oneDNN, with "none" MKL.
 MATMUL: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
@@ -37,18 +35,6 @@ def set_up(parameters: int, device: torch.device, threads: int | None = None, *,
         keep_freed_memory()
 
 
-@contextmanager
-def large_products(batch: Tensor) -> Iterator[None]:
-    """Within it, matrices are multiplied as for a large network if the batch [N, ...] is large."""
-    before = MATMUL.fp32_precision
-    if len(batch) >= LARGE_BATCH and batch.is_cpu and onednn_is_faster():
-        MATMUL.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        MATMUL.fp32_precision = before
-
-
 def cores() -> int:
     """Those that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -56,25 +42,32 @@ def cores() -> int:
 
 def multiplies_with() -> str:
     """The library that multiplies matrices now."""
-    return "oneDNN" if MATMUL.fp32_precision == "bf16" else "BLAS"
+    if MATMUL.fp32_precision == "bf16":
+        return "oneDNN"
+    return "MKL with AVX-512" if mkl_has_avx512() else "BLAS"
 
 
-def multiplies_large_batches_with() -> str:
-    """The library that multiplies within `large_products`."""
-    with large_products(torch.empty(LARGE_BATCH, 0)):
-        return multiplies_with()
+@cache
+def mkl_has_avx512() -> bool:
+    """Whether torch's MKL, which is the faster then, takes AVX-512 because of `pgrl.mkl`."""
+    before, MATMUL.fp32_precision = MATMUL.fp32_precision, "none"
+    x = torch.ones(8, 8)
+    _ = x @ x
+    MATMUL.fp32_precision = before
+    return mkl.asked()
 
 
 @cache
 def onednn_is_faster() -> bool:
     """Whether oneDNN multiplies large matrices faster than MKL, in single precision as well.
 
-    MKL keeps to AVX2 on processors that are not Intel's; oneDNN takes AVX-512 where it is there. torch calls oneDNN if
-    bf16 is allowed inside a product, which oneDNN takes up where it has hardware for it (AMX). So this is False there,
-    and wherever a trial is less precise than single precision.
+    It does where MKL keeps to AVX2 for want of an answer (`pgrl.mkl`), as without a compiler, or where torch was
+    imported before pgrl; oneDNN takes AVX-512 wherever it is. torch calls oneDNN if bf16 is allowed inside a product,
+    which oneDNN takes up where it has hardware for it (AMX). So this is False there, and wherever a trial is less
+    precise than single precision.
     """
     able = torch.cpu.get_capabilities()
-    if not able.get("avx512_f") or able.get("amx_tile") or "AMD" not in str(able.get("cpu_name")):
+    if mkl_has_avx512() or not able.get("avx512_f") or able.get("amx_tile") or "AMD" not in str(able.get("cpu_name")):
         return False
     x, y = torch.randn((2, 256, 256), generator=torch.Generator().manual_seed(0))
     before, MATMUL.fp32_precision = MATMUL.fp32_precision, "bf16"

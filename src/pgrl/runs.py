@@ -149,7 +149,6 @@ def made_with(agent: Agent) -> dict[str, Any]:
         "acts on": str(agent.act_device),
         "acts with": "torch" if agent.actor is None else agent.actor.acts_with,
         "processor": kind,
-        "large batches": processor.multiplies_large_batches_with(),
     }
 
 

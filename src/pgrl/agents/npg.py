@@ -20,7 +20,6 @@ from pgrl.agents.on_policy import AdvantageConfig, make_normalisers, prepare, ta
 from pgrl.data import NoiseStream, Transition, flatten_time
 from pgrl.flat import FlatParameters
 from pgrl.networks import ActorCritic
-from pgrl.processor import large_products
 
 
 @dataclass
@@ -66,8 +65,7 @@ class NPG(Agent):
             advantage = functional.normalise(advantage)
 
         batch = flatten_time(Batch(rollout.obs, rollout.action, advantage))
-        with large_products(batch.obs):
-            metrics = self.improve(batch, 1.0 - progress if config.anneal_kl else 1.0)
+        metrics = self.improve(batch, 1.0 - progress if config.anneal_kl else 1.0)
         metrics |= self.critic.fit(rollout.obs, value, returns, progress)
         self.updates += 1
 
