@@ -140,7 +140,7 @@ class Critics(nn.Module):
                 x = F.layer_norm(x, x.shape[-1:]) * factor + summand
             x = self._activation(x)
         weight, bias, _ = layers[-1]
-        if not self.discrete:  # one column: a sum is cheaper than a product
-            return (x * weight.mT).sum(-1) + bias.squeeze(-1)
-        q = torch.bmm(x, weight) + bias
+        q = torch.bmm(x, weight).add_(bias)
+        if not self.discrete:
+            return q.squeeze(-1)
         return q if action is None else q.gather(-1, action.expand(len(q), -1).unsqueeze(-1)).squeeze(-1)
