@@ -7,10 +7,13 @@ import errno
 import json
 import math
 import os
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gymnasium.spaces as spaces
+import numpy as np
 import pytest
 import torch
 from tests.faults.test_resume import assert_same, equal
@@ -358,11 +361,26 @@ def test_nan_reward_stops_the_run_and_names_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_named_and_what_is_large_is_not(bad: float) -> None:
-    large = {"obs": torch.full((3, 2), 1e30), "loss": torch.tensor(-1e38), "count": torch.ones(2, dtype=torch.int64)}
-    check_finite(large, "x")  # though its squares are not finite
+    large = {"obs": torch.full((3, 2), 3e38), "loss": torch.tensor(-1e38), "count": torch.ones(2, dtype=torch.int64)}
+    told = check_finite(large, "x")  # though its sum is not finite
+    assert type(told["loss"]) is float and told["obs"] is large["obs"] and told["count"] is large["count"]
     for name, x in (("row", torch.tensor([[0.0, bad]])), ("scalar", torch.tensor(bad))):
         with pytest.raises(NonFiniteError, match=f"x NaN or infinity: {name}"):
             check_finite({**large, name: x}, "x")
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e30])
+def test_a_rollout_that_may_not_be_finite_is_noticed(bad: float) -> None:
+    box = spaces.Box(-1.0, 1.0, (3,))
+    for part in ("obs", "action", "reward", "next_obs"):
+        rollout = Rollout(4, 2, box, box, torch.device("cpu"))
+        assert rollout.looks_finite()
+        getattr(rollout.transition, part)[2, 1] = bad
+        with warnings.catch_warnings(action="error"):
+            assert not rollout.looks_finite()
+    images = spaces.Box(0, 255, (3,), np.uint8)
+    assert Rollout(1, 1, images, spaces.Discrete(2), torch.device("cpu")).looks_finite()
+    assert not Rollout(1, 1, box, box, torch.device("meta")).looks_finite()  # of which only `check_finite` can tell
 
 
 def test_signal_waits_for_protected_work() -> None:

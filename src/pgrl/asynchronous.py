@@ -201,11 +201,11 @@ def learn(task: Task) -> None:
             break
         start = time.perf_counter()
         transition = collect(env, agent, rollout, obs, device)
-        check_finite(transition._asdict(), f"{config.env.id} met or gave")
+        if not rollout.looks_finite():
+            check_finite(transition._asdict(), f"{config.env.id} met or gave")
         obs = rollout.obs[-1]
         collected = time.perf_counter()
-        metrics = agent.update(transition, number / task.iterations)
-        check_finite(metrics, "the update gave")
+        metrics = check_finite(agent.update(transition, number / task.iterations), "the update gave")
         updated = time.perf_counter()
 
         report.updates.append(({name: float(value) for name, value in metrics.items()}, env.episodes()))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import gymnasium.spaces as spaces
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Generator, Tensor
@@ -68,7 +70,9 @@ class Rollout:
         columns = (self.obs[1:], *(x.unbind() for x in (reward, terminated, truncated, next_obs)))
         self.steps = [Row(*row) for row in zip(*columns, strict=True)]
         self._action_arrays: list[NDArray[Any]] = []
+        self._floats: list[NDArray[Any]] = []
         if device.type == "cpu":
+            self._floats = [x.numpy().reshape(-1) for x in self.transition if x.is_floating_point()]
             for row in self.steps:
                 row.arrays = tuple(x.numpy() for x in row)
             self._action_arrays = [x.numpy() for x in self._actions]
@@ -76,6 +80,11 @@ class Rollout:
     def begin(self, obs: Tensor) -> None:
         """Start a new rollout at obs [B, *obs]."""
         self.obs[0].copy_(obs)
+
+    def looks_finite(self) -> bool:
+        """Whether the sum of all squares is a number; False also where they are too large, and on a GPU."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            return bool(self._floats) and math.isfinite(sum([row.dot(row) for row in self._floats]))
 
     def put(self, t: int, action: Tensor) -> Tensor:
         """Keep the actions [B, ...] of step t: these, where the envs are."""

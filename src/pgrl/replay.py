@@ -112,6 +112,7 @@ class ReplayBuffer:
         self._ends = torch.empty(0)  # uint8 [a power of two, obs_bytes]; entry e is at e modulo its length
         self._first_end, self._next_end = 0, 0  # the first that may be live, and the next; not reduced
         self._tree: SumTree | None = None
+        self._block: Transition | None = None  # the last that was added, and its arrays
         self._snapshots: list[weakref.ref[Snapshot]] = []
         self._saved: dict[int, str] = {}
         self._ones = torch.ones((), device=self._to).expand(1)  # the weights of uniform samples
@@ -144,7 +145,9 @@ class ReplayBuffer:
         if self._rows is None:
             self._allocate()
         obs, action, reward, discount, link = self._columns
-        given = Transition(*map(plain, block))
+        if block is not self._block:  # a run's rollouts are one tensor each
+            self._block, self._given = block, Transition(*map(plain, block))
+        given = self._given
         slot, stop = self._time % shape.size, self._time + steps
         ended = given.terminated | given.truncated
         if steps > 1 and (given.next_obs[:-1] != given.obs[1:]).any():

@@ -10,8 +10,8 @@ if __name__ == "__main__":  # here, not at the end: a wrong command is answered 
 
 import math
 import time
+from collections.abc import Mapping
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,11 +65,11 @@ def train(config: RunConfig, run: Run, upkeep: Upkeep) -> None:
             upkeep.signals.check()
             start = time.perf_counter()
             transition = gather(obs)
-            check_finite(rollout.transition._asdict(), f"{config.env.id} met or gave")  # where the envs are
+            if not rollout.looks_finite():
+                check_finite(rollout.transition._asdict(), f"{config.env.id} met or gave")  # where the envs are
             obs = rollout.obs[-1]
             collected = time.perf_counter()
-            metrics = update(transition, position.iteration / iterations)
-            check_finite(metrics, "the update gave")
+            metrics = check_finite(update(transition, position.iteration / iterations), "the update gave")
             updated = time.perf_counter()
 
             position.iteration += 1
@@ -83,27 +83,20 @@ def train(config: RunConfig, run: Run, upkeep: Upkeep) -> None:
         raise
 
 
-def check_finite(tensors: dict[str, Tensor], source: str) -> None:
-    """NonFiniteError naming those of the tensors that hold NaN or infinity."""
-    total, elsewhere = 0.0, []
-    with np.errstate(over="ignore", invalid="ignore"):
-        for x in tensors.values():
-            if not x.is_floating_point():
-                continue
-            if x.is_cpu:
-                total += squared(x) if x.dim() else x.item()
-            else:
-                elsewhere.append((x.sum() if x.dim() else x).float())
-    if elsewhere:
-        total += float(torch.stack(elsewhere).sum())  # one wait for the device, not one for each
-    if math.isfinite(total):
-        return
-    bad = [name for name, x in tensors.items() if not torch.isfinite(x).all()]
-    if bad:  # else the numbers are merely large
-        raise NonFiniteError(f"{source} NaN or infinity: {', '.join(bad)}")
-
-
-def squared(x: Tensor) -> float:
-    """The sum of the squares of a tensor [...] in main memory, where it is small cheaper than torch's sum."""
-    row = x.numpy().reshape(-1)
-    return float(row.dot(row))
+def check_finite(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor | float]:
+    """The same, single numbers in main memory as such; NonFiniteError naming those that hold NaN or infinity."""
+    told: dict[str, Tensor | float] = dict(tensors)
+    total, others = 0.0, []
+    for name, x in tensors.items():
+        if x.is_cpu and not x.dim():
+            told[name] = number = x.item()
+            total += number
+        elif x.is_floating_point():
+            others.append((x.sum() if x.dim() else x).float())
+    if others:
+        total += float(torch.stack(others).sum())  # one wait for the device, not one for each
+    if not math.isfinite(total):
+        bad = [name for name, x in tensors.items() if not torch.isfinite(x).all()]
+        if bad:  # else the numbers are merely large
+            raise NonFiniteError(f"{source} NaN or infinity: {', '.join(bad)}")
+    return told
