@@ -50,7 +50,7 @@ LABEL org.opencontainers.image.title="pgrl" \
       org.opencontainers.image.licenses="MIT" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
-# g++ is for torch.compile and for acting; tini is the init process.
+# g++ is for torch.compile, for acting and for MKL; tini is the init process.
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ tini \
     && rm -rf /var/lib/apt/lists/* \

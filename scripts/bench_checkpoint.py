@@ -13,6 +13,9 @@ import tempfile
 import time
 from pathlib import Path
 
+import pgrl  # noqa: F401  # before numpy and torch, as in every run
+
+# isort: split
 import torch
 
 from pgrl import checkpoint, config

@@ -201,7 +201,7 @@ class Checks:
 
 def train_pgrl(task: Task, seed: int, threads: int, folder: Path, check: Checks) -> None:
     """Train with pgrl; the check comes after `Upkeep.tend`, once there were gradient steps."""
-    import pgrl  # before numpy and torch, as in every run
+    import pgrl  # before torch, as in every run
 
     # isort: split
     import torch

@@ -4,78 +4,95 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from pgrl import mkl, native
 
-AMD = {"vendor_id": "AuthenticAMD", "flags": "fpu " + " ".join(sorted(mkl.NEEDED))}
+FLAGS = " ".join(sorted(mkl.NEEDED))
+CPUINFO = "processor\t: 0\nvendor_id\t: {}\nflags\t\t: fpu {}\n\nvendor_id\t: AuthenticAMD\nflags\t\t: " + FLAGS
 
 
-@pytest.fixture(autouse=True)
-def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A process without torch, on an AMD processor with AVX-512, where nothing was built."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv(mkl.SWITCH, raising=False)
-    monkeypatch.delitem(sys.modules, "torch")
-    monkeypatch.setattr(native, "processor", lambda: AMD)
-    native.library.cache_clear()
-    yield
-    native.library.cache_clear()
+def in_another(code: str, tmp_path: Path, **variables: str) -> str:
+    """What a process prints that has none of the variables by which MKL is left as it is, and an empty cache folder."""
+    left_out = {mkl.SWITCH, *mkl.CHOICES}
+    environment = {key: value for key, value in os.environ.items() if key not in left_out}
+    environment |= {"XDG_CACHE_HOME": str(tmp_path), **variables}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
 
 
-def answer() -> native.Library | None:
-    """As in a process that has none yet."""
-    found: native.Library | None = mkl.answer.__wrapped__()
-    return found
+ANSWERED = """
+import ctypes, os, pathlib
+from pgrl import mkl
+assert mkl.answer() is None
+mkl.answer.cache_clear()
+del os.environ[mkl.SWITCH]
+mkl.CPUINFO = pathlib.Path(os.environ["CPUINFO"])
+found = mkl.answer()
+assert found is not None and not mkl.asked()
+assert ctypes.CDLL(None).mkl_serv_intel_cpu_true() == 1
+assert mkl.asked()
+print(found.functions._name)
+"""
 
 
 @pytest.mark.skipif(not native.compilers() or sys.platform != "linux", reason="needs a C++ compiler, and Linux")
-def test_the_answer_is_yes_for_the_whole_process_and_tells_that_it_was_asked() -> None:
-    found = answer()
-    assert found is not None
-    assert not found.functions.pgrl_mkl_asked()
-    assert ctypes.CDLL(found.functions._name).mkl_serv_intel_cpu_true() == 1
-    assert found.functions.pgrl_mkl_asked()
-    needed = subprocess.run(["readelf", "-d", found.functions._name], capture_output=True, text=True, check=True).stdout
-    assert "NEEDED" not in needed  # what it would bring would come before torch's own
+def test_the_answer_is_yes_for_the_whole_process_and_tells_that_it_was_asked(tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_text(CPUINFO.format("AuthenticAMD", FLAGS))
+    library = in_another(ANSWERED, tmp_path, CPUINFO=str(tmp_path / "cpuinfo"), **{mkl.SWITCH: "0"})
+    assert Path(library).parent == tmp_path / "pgrl" / "native"
+    if shutil.which("readelf"):
+        needed = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
+        assert "Dynamic section" in needed and "NEEDED" not in needed  # what it brought would come before torch's own
 
 
 @pytest.mark.parametrize(
-    "processor",
+    ("vendor", "flags", "able"),
     [
-        {},
-        {"vendor_id": "AuthenticAMD", "flags": "fpu avx avx2"},
-        {"vendor_id": "AuthenticAMD", "flags": AMD["flags"].replace("avx512bw", "")},
-        {"vendor_id": "GenuineIntel", "flags": AMD["flags"]},
+        ("AuthenticAMD", FLAGS, True),
+        ("AuthenticAMD", "avx avx2", False),
+        ("AuthenticAMD", FLAGS.replace("avx512bw", ""), False),
+        ("GenuineIntel", FLAGS, False),
     ],
 )
-def test_there_is_none_for_other_processors(processor: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "processor", lambda: processor)
-    assert answer() is None
+def test_which_processors_it_is_for(
+    vendor: str, flags: str, able: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mkl, "CPUINFO", tmp_path / "cpuinfo")
+    assert not mkl.has_avx512_of_amd()  # of which nothing is told
+    (tmp_path / "cpuinfo").write_text(CPUINFO.format(vendor, flags))
+    assert mkl.has_avx512_of_amd() is able
 
 
-def test_there_is_none_after_torch_or_where_it_is_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "torch", torch)
-        assert answer() is None
-    monkeypatch.setenv(mkl.SWITCH, "0")
-    assert answer() is None
+def test_there_is_none_where_it_is_too_late_or_somebody_chose(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked_for: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(mkl, "has_avx512_of_amd", lambda: True)
+    monkeypatch.setattr(native, "library", lambda *words, mode: asked_for.append((*words, mode)))
+    for name in (mkl.SWITCH, *mkl.CHOICES):
+        monkeypatch.delenv(name, raising=False)
+    mkl.answer.__wrapped__()
+    assert "torch" in sys.modules and not asked_for
+    monkeypatch.delitem(sys.modules, "torch")
+    for name, value in ((mkl.SWITCH, "0"), *((name, "AVX2") for name in mkl.CHOICES)):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            mkl.answer.__wrapped__()
+            assert not asked_for
+    monkeypatch.setenv(mkl.SWITCH, "1")
+    mkl.answer.__wrapped__()
+    assert asked_for == [("mkl", "-nostdlib", ctypes.RTLD_GLOBAL)]
 
 
-def test_there_is_none_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "compilers", lambda: [])
-    assert answer() is None
-
-
-CODE = """
-import {first}, {second}
-from pgrl import mkl, processor
+PRODUCT = """
+import {}, {}
+from pgrl import processor
 processor.set_up(processor.LARGE, torch.device("cpu"))
 x, y = torch.randn(2, 300, 300)
 assert (x @ y - x.double() @ y.double()).abs().max() < 1e-3
@@ -83,22 +100,13 @@ print(processor.multiplies_with())
 """
 
 
-def in_another(first: str, second: str, **variables: str) -> str:
-    """What multiplies large matrices in a process that imports these two in turn."""
-    environment = {key: value for key, value in os.environ.items() if key != "XDG_CACHE_HOME"} | variables
-    code = CODE.format(first=first, second=second)
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    return done.stdout.strip()
-
-
-def test_mkl_takes_avx512_where_it_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()  # this processor, whichever it is
-    able = native.processor()
-    amd = able.get("vendor_id") == "AuthenticAMD" and set(able.get("flags", "").split()) >= mkl.NEEDED
-    answered = in_another("pgrl", "torch")
-    if amd and native.compilers() and torch.backends.mkl.is_available() and not os.environ.get(mkl.SWITCH):
+def test_mkl_takes_avx512_where_it_is_answered(tmp_path: Path) -> None:
+    """On this processor, whichever it is."""
+    answered = in_another(PRODUCT.format("pgrl", "torch"), tmp_path)
+    if mkl.has_avx512_of_amd() and native.compilers() and torch.backends.mkl.is_available():
         assert answered == "MKL with AVX-512"
-    if not amd:
+    else:
         assert answered in ("BLAS", "oneDNN")
-    for other in (in_another("torch", "pgrl"), in_another("pgrl", "torch", **{mkl.SWITCH: "0"})):
-        assert other == ("oneDNN" if answered.startswith("MKL") else answered)
+    too_late = in_another(PRODUCT.format("torch", "pgrl"), tmp_path)
+    switched_off = in_another(PRODUCT.format("pgrl", "torch"), tmp_path, **{mkl.SWITCH: "0"})
+    assert {too_late, switched_off} == {"oneDNN" if answered == "MKL with AVX-512" else answered}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,6 +61,24 @@ def test_a_folder_that_cannot_be_made_is_passed_over(tmp_path: Path, monkeypatch
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert native.cache_folder("native") is None
     assert native.library("sampling") is not None
+
+
+def test_another_processor_has_a_build_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A home may be shared by several, and the compiler tells what each can do."""
+    first = native.library("sampling")
+    native.library.cache_clear()
+    monkeypatch.setattr(native, "ONLY_MACROS", ["-D__OTHER__", *native.ONLY_MACROS])
+    other = native.library("sampling")
+    assert first is not None and other is not None and first.key != other.key
+
+
+@pytest.mark.parametrize("mode", [ctypes.DEFAULT_MODE, ctypes.RTLD_GLOBAL])
+def test_nothing_need_be_kept(mode: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "cache_folder", lambda _: None)
+    assert native.library("sampling", mode=mode) is not None
+    native.library.cache_clear()
+    monkeypatch.setattr(native.tempfile, "tempdir", str(tmp_path / "none"))
+    assert native.library("sampling", mode=mode) is None
 
 
 def test_what_does_not_compile_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

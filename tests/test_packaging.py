@@ -167,7 +167,7 @@ def test_sdist_and_wheel_carry_every_config(built: tuple[Path, Path], tmp_path: 
     assert configs(tmp_path / "wheel/pgrl/configs") == configs(ROOT / "configs")
     assert (tmp_path / "wheel/pgrl/py.typed").exists()
     for folder in (tmp_path / "wheel/pgrl", next(tmp_path.glob("pgrl-*")) / "src/pgrl"):
-        assert (folder / "sampling.cpp").exists()
+        assert (folder / "sampling.cpp").exists() and (folder / "mkl.cpp").exists()
 
 
 @pytest.mark.slow

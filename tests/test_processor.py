@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from pgrl import processor
-from pgrl.processor import LARGE, MATMUL, mkl_has_avx512, multiplies_with, onednn_is_faster, set_up
+from pgrl.processor import LARGE, MATMUL, mkl_was_answered, multiplies_with, onednn_is_faster, set_up
 
 CPU = torch.device("cpu")
-BLAS = "MKL with AVX-512" if mkl_has_avx512() else "BLAS"
+BLAS = "MKL with AVX-512" if mkl_was_answered() else "BLAS"
 
 
 @pytest.fixture(autouse=True)
@@ -86,10 +86,10 @@ def test_another_library_is_for_large_networks_on_the_cpu(
 )
 def test_which_processors_gain(able: dict[str, object], expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
-    monkeypatch.setattr(processor, "mkl_has_avx512", lambda: False)
+    monkeypatch.setattr(processor, "mkl_was_answered", lambda: False)
     before = MATMUL.fp32_precision
     assert onednn_is_faster.__wrapped__() is (expected and precise())
-    monkeypatch.setattr(processor, "mkl_has_avx512", lambda: True)
+    monkeypatch.setattr(processor, "mkl_was_answered", lambda: True)
     assert onednn_is_faster.__wrapped__() is False
     assert MATMUL.fp32_precision == before
 
@@ -105,7 +105,7 @@ def precise() -> bool:
 
 def test_imprecise_products_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True, "cpu_name": "AMD EPYC"})
-    monkeypatch.setattr(processor, "mkl_has_avx512", lambda: False)
+    monkeypatch.setattr(processor, "mkl_was_answered", lambda: False)
     rounded = lambda x, y: torch.mm(x if x.dtype == torch.float64 else x.bfloat16().float(), y)  # noqa: E731
     monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
     assert onednn_is_faster.__wrapped__() is False

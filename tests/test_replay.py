@@ -146,20 +146,6 @@ def test_samples_are_what_was_added(case: str, capacity: int, num_envs: int, n_s
             assert_holds(buffer, world.history)
 
 
-@pytest.mark.parametrize("steps", [1, 4])
-def test_a_rollout_that_is_written_over_is_added_anew(steps: int) -> None:
-    """As a run's are, whose tensors are always the same."""
-    world = World(2, VECTOR, BOX, 0.3, 0)
-    buffer, same = make(world, 20), None
-    for _ in range(12):
-        rollout = world.rollout(steps)
-        same = same or Transition(*(torch.empty_like(x) for x in rollout))
-        for x, y in zip(same, rollout, strict=True):
-            x.copy_(y)
-        buffer.add(same)
-        assert_holds(buffer, world.history)
-
-
 @pytest.mark.parametrize("n_step", [1, 3])
 def test_an_episode_that_is_cut_without_a_word_counts_as_truncated(n_step: int) -> None:
     for seed in range(10):

@@ -72,7 +72,7 @@ class Rollout:
         self._action_arrays: list[NDArray[Any]] = []
         self._floats: list[NDArray[Any]] = []
         if device.type == "cpu":
-            self._floats = [x.numpy().reshape(-1) for x in self.transition if x.is_floating_point()]
+            self._floats = [x.view(-1).numpy() for x in self.transition if x.is_floating_point()]
             for row in self.steps:
                 row.arrays = tuple(x.numpy() for x in row)
             self._action_arrays = [x.numpy() for x in self._actions]

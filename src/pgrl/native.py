@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-import platform
 import shutil
 import subprocess
 import tempfile
@@ -18,7 +17,7 @@ from typing import NamedTuple
 # Not -ffast-math: it takes NaN for a number, and before gcc 13 it makes the whole process lose numbers near zero.
 FLAGS = "-std=c++17 -O3 -march=native -shared -fPIC -fno-math-errno -fno-trapping-math".split()
 
-OF_PROCESSOR = ("vendor_id", "model name", "flags")
+ONLY_MACROS = "-dM -E -x c++ /dev/null".split()
 
 
 class Library(NamedTuple):
@@ -44,38 +43,31 @@ def cache_folder(name: str) -> Path | None:
 
 
 @cache
-def library(name: str, *flags: str) -> Library | None:
-    """The functions of `name`.cpp, by the first compiler that builds it; None where none does."""
-    with tempfile.TemporaryDirectory() as elsewhere:  # where what is kept cannot be loaded, or nothing be kept
+def library(name: str, *flags: str, mode: int = ctypes.DEFAULT_MODE) -> Library | None:
+    """The functions of `name`.cpp, by the first compiler that builds it; None where none does.
+
+    flags: the compiler's, beside FLAGS. mode: of loading; ctypes.RTLD_GLOBAL shows the functions to the whole process.
+    """
+    # elsewhere: where nothing can be kept, or loaded from there
+    with suppress(OSError), tempfile.TemporaryDirectory() as elsewhere:
         for compiler in dict.fromkeys(compilers()):
             for folder in (cache_folder("native"), Path(elsewhere)):
                 with suppress(OSError, subprocess.SubprocessError):
                     if folder is not None:
-                        return build(name, compiler, [*FLAGS, *flags], folder)
+                        return build(name, [compiler, *FLAGS, *flags], folder, mode)
     return None
 
 
-def build(name: str, compiler: str, flags: Sequence[str], folder: Path) -> Library:
+def build(name: str, compile_it: Sequence[str], folder: Path, mode: int) -> Library:
     """The functions of `name`.cpp, compiled into a folder unless they are there; OSError or SubprocessError."""
     source = Path(__file__).with_name(f"{name}.cpp")
-    version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout
-    able = str(sorted(processor().items()))  # a home may be shared by several
-    key = hashlib.sha256("\0".join([source.read_text(), version, *flags, able]).encode()).hexdigest()[:16]
+    # the compiler's version, and what this processor can do: a home may be shared by several
+    macros = subprocess.run([*compile_it, *ONLY_MACROS], check=True, capture_output=True, text=True).stdout
+    key = hashlib.sha256("\0".join([source.read_text(), *compile_it[1:], macros]).encode()).hexdigest()[:16]
     built = folder / f"{name}-{key}.so"
     if not built.exists():
         with tempfile.TemporaryDirectory(dir=folder) as own:  # others may be about it, too
             fresh = Path(own) / built.name
-            subprocess.run([compiler, *flags, str(source), "-o", str(fresh)], check=True, capture_output=True)
+            subprocess.run([*compile_it, str(source), "-o", str(fresh)], check=True, capture_output=True)
             fresh.replace(built)
-    return Library(ctypes.PyDLL(str(built)), key)
-
-
-@cache
-def processor() -> dict[str, str]:
-    """What this processor is, and can do: on Linux `vendor_id`, `model name` and `flags`, of its first core."""
-    found = {"machine": platform.machine(), "name": platform.processor()}
-    with suppress(OSError):
-        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
-        lines = (line.partition(":") for line in first.splitlines())
-        found |= {key.strip(): value.strip() for key, _, value in lines if key.strip() in OF_PROCESSOR}
-    return found
+    return Library(ctypes.PyDLL(str(built), mode=mode), key)

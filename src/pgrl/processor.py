@@ -1,6 +1,6 @@
 """How this process multiplies and allocates: threads, the library for matrices, TF32 on a GPU, memory that was freed.
 
-All four matter where networks, or batches, are so large that arithmetic, not the calls of operations, takes the time.
+All four matter where networks are so large that arithmetic, not the calls of operations, takes the time.
 """
 
 from __future__ import annotations
@@ -44,16 +44,14 @@ def multiplies_with() -> str:
     """The library that multiplies matrices now."""
     if MATMUL.fp32_precision == "bf16":
         return "oneDNN"
-    return "MKL with AVX-512" if mkl_has_avx512() else "BLAS"
+    return "MKL with AVX-512" if mkl_was_answered() else "BLAS"
 
 
 @cache
-def mkl_has_avx512() -> bool:
-    """Whether torch's MKL, which is the faster then, takes AVX-512 because of `pgrl.mkl`."""
-    before, MATMUL.fp32_precision = MATMUL.fp32_precision, "none"
-    x = torch.ones(8, 8)
+def mkl_was_answered() -> bool:
+    """Whether torch's MKL takes AVX-512, and is the faster so, because of `pgrl.mkl`."""
+    x = torch.ones((8, 8), dtype=torch.float64, device="cpu")  # for oneDNN has no part in double precision
     _ = x @ x
-    MATMUL.fp32_precision = before
     return mkl.asked()
 
 
@@ -67,7 +65,7 @@ def onednn_is_faster() -> bool:
     precise than single precision.
     """
     able = torch.cpu.get_capabilities()
-    if mkl_has_avx512() or not able.get("avx512_f") or able.get("amx_tile") or "AMD" not in str(able.get("cpu_name")):
+    if mkl_was_answered() or not able.get("avx512_f") or able.get("amx_tile") or "AMD" not in str(able.get("cpu_name")):
         return False
     x, y = torch.randn((2, 256, 256), generator=torch.Generator().manual_seed(0))
     before, MATMUL.fp32_precision = MATMUL.fp32_precision, "bf16"

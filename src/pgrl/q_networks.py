@@ -140,6 +140,8 @@ class Critics(nn.Module):
                 x = F.layer_norm(x, x.shape[-1:]) * factor + summand
             x = self._activation(x)
         weight, bias, _ = layers[-1]
+        if torch.compiler.is_compiling() and not self.discrete:  # one column: see `networks.linear`
+            return (x * weight.mT).sum(-1) + bias.squeeze(-1)
         q = torch.bmm(x, weight).add_(bias)
         if not self.discrete:
             return q.squeeze(-1)

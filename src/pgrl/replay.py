@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import gymnasium.spaces as spaces
+import numpy as np
 import torch
 from torch import Generator, Tensor
 
@@ -112,7 +113,6 @@ class ReplayBuffer:
         self._ends = torch.empty(0)  # uint8 [a power of two, obs_bytes]; entry e is at e modulo its length
         self._first_end, self._next_end = 0, 0  # the first that may be live, and the next; not reduced
         self._tree: SumTree | None = None
-        self._block: Transition | None = None  # the last that was added, and its arrays
         self._snapshots: list[weakref.ref[Snapshot]] = []
         self._saved: dict[int, str] = {}
         self._ones = torch.ones((), device=self._to).expand(1)  # the weights of uniform samples
@@ -145,9 +145,7 @@ class ReplayBuffer:
         if self._rows is None:
             self._allocate()
         obs, action, reward, discount, link = self._columns
-        if block is not self._block:  # a run's rollouts are one tensor each
-            self._block, self._given = block, Transition(*map(plain, block))
-        given = self._given
+        given = Transition(*map(plain, block))
         slot, stop = self._time % shape.size, self._time + steps
         ended = given.terminated | given.truncated
         if steps > 1 and (given.next_obs[:-1] != given.obs[1:]).any():
@@ -178,7 +176,7 @@ class ReplayBuffer:
     def _allocate(self) -> Tensor:
         shape, device = self.layout, self.device
         memory = torch.zeros((shape.num_envs * shape.length, shape.width), dtype=torch.uint8, device=device)
-        self._ends = torch.zeros((FEWEST_ENDS, shape.obs_bytes), dtype=torch.uint8, device=device)
+        self._make_ends(FEWEST_ENDS)
         self._tree = None if self.prioritised is None else SumTree(len(memory), device)
         words = shape.width // 4
         following = (len(memory) - shape.n_step, (shape.n_step + 1) * words)
@@ -192,6 +190,11 @@ class ReplayBuffer:
         self._columns = [plain(x) for x in (self._obs, self._action, self._reward, self._discount, self._link)]
         self._rows = rows
         return rows
+
+    def _make_ends(self, length: int) -> None:
+        """New memory for ends, and its observations [length, *obs]."""
+        self._ends = torch.zeros((length, self.layout.obs_bytes), dtype=torch.uint8, device=self.device)
+        self._end_obs = plain(field(self._ends, 0, self.layout.obs_shape, self.layout.obs_dtype))
 
     def _repeat(self, slot: int, stop: int) -> None:
         """Copy those of the slots slot .. stop - 1 that are among the first n to where they stand once more."""
@@ -232,11 +235,10 @@ class ReplayBuffer:
 
     def _grow(self, need: int) -> None:
         """Make room for `need` ends, in new memory: a snapshot may hold the old."""
-        length = 1 << (2 * need - 1).bit_length()
-        ends = torch.zeros((length, self.layout.obs_bytes), dtype=torch.uint8, device=self.device)
+        old, length = self._ends, 1 << (2 * need - 1).bit_length()
+        self._make_ends(length)
         entries = torch.arange(self._first_end, self._next_end, device=self.device)
-        ends[entries % length] = self._ends[entries % len(self._ends)]
-        self._ends = ends
+        self._ends[entries % length] = old[entries % len(old)]
 
     def _cut(self, differs: Tensor) -> None:
         """End the newest rows of those envs [B] whose episode does not go on, if it had not ended already."""
@@ -258,9 +260,9 @@ class ReplayBuffer:
         """Put the ends in the place of those obs [N, *obs] that rows with these links [N] did not lead to."""
         links = plain(link)
         if links.max() >= 0:
-            at = plain((link >= 0).nonzero().squeeze(1))  # once: a GPU is waited for
-            ends = plain(field(self._ends, 0, self.layout.obs_shape, self.layout.obs_dtype))
-            plain(obs)[at] = ends[(links[at] >> 1) % len(ends)]
+            # once: a GPU is waited for
+            at = np.flatnonzero(links >= 0) if link.is_cpu else (link >= 0).nonzero().squeeze(1)
+            plain(obs)[at] = self._end_obs[(links[at] >> 1) % len(self._end_obs)]
 
     def sample(self, batch_size: int, beta: float = 1.0) -> Batch:
         """`batch_size` transitions with replacement: uniformly, or by priority with the importance weights.

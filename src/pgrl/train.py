@@ -84,17 +84,19 @@ def train(config: RunConfig, run: Run, upkeep: Upkeep) -> None:
 
 
 def check_finite(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor | float]:
-    """The same, single numbers in main memory as such; NonFiniteError naming those that hold NaN or infinity."""
+    """The tensors, with those [] in main memory as numbers; NonFiniteError naming those that hold NaN or infinity."""
     told: dict[str, Tensor | float] = dict(tensors)
-    total, others = 0.0, []
+    total, elsewhere = 0.0, []
     for name, x in tensors.items():
         if x.is_cpu and not x.dim():
             told[name] = number = x.item()
             total += number
+        elif x.is_floating_point() and x.is_cpu:
+            total += x.sum().item()
         elif x.is_floating_point():
-            others.append((x.sum() if x.dim() else x).float())
-    if others:
-        total += float(torch.stack(others).sum())  # one wait for the device, not one for each
+            elsewhere.append((x.sum() if x.dim() else x).float())
+    if elsewhere:
+        total += float(torch.stack(elsewhere).sum())  # one wait for the device, not one for each
     if not math.isfinite(total):
         bad = [name for name, x in tensors.items() if not torch.isfinite(x).all()]
         if bad:  # else the numbers are merely large
