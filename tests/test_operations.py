@@ -40,14 +40,14 @@ class Counts(NamedTuple):
 ACCEPTED = {
     "a2c": Counts(act=1, collect=1, update=224, step=0, waits=1),
     "a3c": Counts(act=1, collect=1, update=224, step=0, waits=1),
-    "ddpg": Counts(act=1, collect=0, update=423, step=184, waits=2),
+    "ddpg": Counts(act=1, collect=0, update=407, step=176, waits=2),
     "dpg": Counts(act=5, collect=33, update=88, step=0, waits=0),
     "npg": Counts(act=1, collect=1, update=1733, step=55, waits=22),
     "ppo": Counts(act=1, collect=1, update=529, step=203, waits=1),
     "reinforce": Counts(act=1, collect=1, update=320, step=55, waits=2),
-    "sac": Counts(act=1, collect=0, update=611, step=275, waits=2),
+    "sac": Counts(act=1, collect=0, update=595, step=267, waits=2),
     "trpo": Counts(act=1, collect=1, update=1739, step=55, waits=25),
-    "sac, discrete": Counts(act=1, collect=0, update=475, step=207, waits=2),
+    "sac, discrete": Counts(act=1, collect=0, update=459, step=199, waits=2),
 }
 DISCRETE = "sac, discrete"
 

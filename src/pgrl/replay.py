@@ -31,7 +31,7 @@ FEWEST_ENDS = 64  # room for ends at first; it doubles when it is full
 
 
 class Batch(NamedTuple):
-    """N samples of up to n steps each."""
+    """N samples of up to n steps each; views of memory that the next sample is written to, and may not outlive it."""
 
     obs: Tensor  # [N, *obs], as stored: uint8 or float32
     action: Tensor  # [N, ...]
@@ -177,6 +177,7 @@ class ReplayBuffer:
         shape, device = self.layout, self.device
         memory = torch.zeros((shape.num_envs * shape.length, shape.width), dtype=torch.uint8, device=device)
         self._make_ends(FEWEST_ENDS)
+        self._ints = torch.empty((0, 0), dtype=torch.int32, device=device)  # [N, (n + 1) * words]: the last sample
         self._tree = None if self.prioritised is None else SumTree(len(memory), device)
         words = shape.width // 4
         following = (len(memory) - shape.n_step, (shape.n_step + 1) * words)
@@ -290,16 +291,19 @@ class ReplayBuffer:
         return self._batch(index, self._ones)
 
     def _batch(self, index: Tensor, weight: Tensor) -> Batch:
-        ints = self._windows.index_select(0, index)  # [N, (n + 1) * words], which the batch's tensors are views of
+        if len(index) != len(self._ints):
+            self._ints = self._windows.new_empty(len(index), self._windows.shape[1])
+            self._fields = self._one_step(self._ints)
+        ints, fields = self._ints, self._fields
+        torch.index_select(self._windows, 0, index, out=ints)
         if self.layout.n_step > 1:
-            batch = self._several_steps(ints, index, weight)
+            batch = self._several_steps(ints, fields, index, weight)
             return batch if self._to == self.device else moved(batch, self._to)
-        fields = self._one_step(ints)
         self._lead_elsewhere(fields.next_obs, fields.link)  # written to the ints
         if self._to != self.device:
             fields = self._one_step(ints.to(self._to))
         obs, action, reward, next_obs, discount, _ = fields
-        return Batch(obs, action, reward, next_obs, discount, weight.to(self._to), index)
+        return Batch(obs, chosen(action), reward, next_obs, discount, weight.to(self._to), index)
 
     def _one_step(self, ints: Tensor) -> Fields:
         """What windows [N, (n + 1) * words] begin with."""
@@ -309,23 +313,20 @@ class ReplayBuffer:
         count, width, at = ints.shape[0], shape.width // 4, shape.reward_at // 4
         words = (shape.n_step + 1) * width
         length = words * 4 // shape.obs_dtype.itemsize  # of a row of `source`
-        if shape.action_dtype == torch.float32:
-            action = columns(floats, count, words, shape.action_at // 4, shape.action_shape)
-        else:
-            action = columns(ints, count, words, shape.action_at // 4, shape.action_shape).long()
+        actions = floats if shape.action_dtype == torch.float32 else ints
         return Fields(
             columns(source, count, length, 0, shape.obs_shape),
-            action,
+            columns(actions, count, words, shape.action_at // 4, shape.action_shape),
             columns(floats, count, words, at, ()),
             columns(source, count, length, length // (shape.n_step + 1), shape.obs_shape),
             columns(floats, count, words, at + 1, ()),
             columns(ints, count, words, at + 2, ()),
         )
 
-    def _several_steps(self, ints: Tensor, index: Tensor, weight: Tensor) -> Batch:
-        """The batch of n steps of windows [N, (n + 1) * words]."""
+    def _several_steps(self, ints: Tensor, first: Fields, index: Tensor, weight: Tensor) -> Batch:
+        """The batch of n steps of windows [N, (n + 1) * words]; `first` is what they begin with."""
         shape, n = self.layout, self.layout.n_step
-        first, floats = self._one_step(ints), ints.view(torch.float32)
+        floats = ints.view(torch.float32)
         source = ints.view(torch.uint8) if shape.obs_dtype == torch.uint8 else floats
         count, width, at = ints.shape[0], shape.width // 4, shape.reward_at // 4
         rewards, discounts, links = (x.view(-1, n + 1, width)[:, :n] for x in (floats, floats, ints))
@@ -343,7 +344,7 @@ class ReplayBuffer:
         next_rows = source.view(count * (n + 1), -1).index_select(0, following)
         next_obs = columns(next_rows, count, next_rows.shape[1], 0, shape.obs_shape)
         self._lead_elsewhere(next_obs, link)
-        return Batch(first.obs, first.action, reward, next_obs, discount, weight, index)
+        return Batch(first.obs, chosen(first.action), reward, next_obs, discount, weight, index)
 
     def update_priorities(self, index: Tensor, td_error: Tensor) -> None:
         """Give the transitions of the last sample, `index` [N], the priorities of their TD errors [N], on any device.
@@ -433,6 +434,11 @@ class ReplayBuffer:
 def moved(batch: Batch, device: torch.device) -> Batch:
     """The batch on another device; its index stays."""
     return Batch(*(x.to(device) for x in batch))._replace(index=batch.index)
+
+
+def chosen(action: Tensor) -> Tensor:
+    """Actions as agents take them, where they are stored as int32."""
+    return action if action.is_floating_point() else action.long()
 
 
 def plain(x: Tensor) -> Any:
