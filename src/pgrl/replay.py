@@ -176,7 +176,7 @@ class ReplayBuffer:
     def _allocate(self) -> Tensor:
         shape, device = self.layout, self.device
         memory = torch.zeros((shape.num_envs * shape.length, shape.width), dtype=torch.uint8, device=device)
-        self._make_ends(FEWEST_ENDS)
+        self._hold(torch.zeros((FEWEST_ENDS, shape.obs_bytes), dtype=torch.uint8, device=device))
         self._ints = torch.empty((0, 0), dtype=torch.int32, device=device)  # [N, (n + 1) * words]: the last sample
         self._tree = None if self.prioritised is None else SumTree(len(memory), device)
         words = shape.width // 4
@@ -192,10 +192,9 @@ class ReplayBuffer:
         self._rows = rows
         return rows
 
-    def _make_ends(self, length: int) -> None:
-        """New memory for ends, and its observations [length, *obs]."""
-        self._ends = torch.zeros((length, self.layout.obs_bytes), dtype=torch.uint8, device=self.device)
-        self._end_obs = plain(field(self._ends, 0, self.layout.obs_shape, self.layout.obs_dtype))
+    def _hold(self, ends: Tensor) -> None:
+        """Take this memory [length, obs_bytes] for ends, and for their observations [length, *obs]."""
+        self._ends, self._end_obs = ends, plain(field(ends, 0, self.layout.obs_shape, self.layout.obs_dtype))
 
     def _repeat(self, slot: int, stop: int) -> None:
         """Copy those of the slots slot .. stop - 1 that are among the first n to where they stand once more."""
@@ -236,10 +235,11 @@ class ReplayBuffer:
 
     def _grow(self, need: int) -> None:
         """Make room for `need` ends, in new memory: a snapshot may hold the old."""
-        old, length = self._ends, 1 << (2 * need - 1).bit_length()
-        self._make_ends(length)
+        length = 1 << (2 * need - 1).bit_length()
+        ends = torch.zeros((length, self.layout.obs_bytes), dtype=torch.uint8, device=self.device)
         entries = torch.arange(self._first_end, self._next_end, device=self.device)
-        self._ends[entries % length] = old[entries % len(old)]
+        ends[entries % length] = self._ends[entries % len(self._ends)]
+        self._hold(ends)
 
     def _cut(self, differs: Tensor) -> None:
         """End the newest rows of those envs [B] whose episode does not go on, if it had not ended already."""
